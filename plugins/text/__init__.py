@@ -1,0 +1,1 @@
+"""Text: fine-tuning of pretrained models on sentences and sentence pairs."""

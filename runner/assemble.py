@@ -1,0 +1,343 @@
+"""THE place where configuration becomes objects: checks first, then everything a run is made of."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runner import build
+from runner.checkpoint import Checkpointer, RandomState
+from runner.data.loader import Loader
+from runner.data.order import Order
+from runner.engine.backend import Backend
+from runner.engine.engine import Engine
+from runner.engine.mesh import Mesh
+from runner.engine.optimizer import fused_by_default, parameter_groups
+from runner.engine.precision import LossScaling, Precision
+from runner.engine.single import Single
+from runner.errors import InputError, Problem, wrong
+from runner.folder import RunFolder
+from runner.hooks.evaluation import Evaluation
+from runner.train import hook
+from runner.train.progress import Plan, Progress
+from runner.train.run import Run, SaveEvery, Settings
+from runner.train.schedules import Schedule
+from runner.train.task import Task
+
+Config = Mapping[str, Any]
+
+_BACKENDS: dict[str, type[Backend]] = {"single": Single, "auto": Single}
+
+#: Words for the scheduler's arguments that are known only when the data are.
+_LATE = {"_total_steps_": "steps", "_steps_per_epoch_": "steps_per_epoch"}
+
+_log = logging.getLogger("runner")
+
+
+@dataclass
+class Parts:
+    """What can be built, and found wrong, before a model exists."""
+
+    backend: Backend
+    task: Task
+    train: Any
+    eval: Any
+    collate: Callable[[list[Any]], Any] | None
+
+
+# --- checks ---------------------------------------------------------------------------------------------------------
+
+
+def check(config: Config) -> Parts:
+    """Builds backend, task and data and checks everything that can be checked without a model's weights.
+
+    Raises InputError with all problems found.
+    """
+    problems = [*_signatures(config)]
+    backend = _backend(config)
+    problems += backend.check()
+    if problems:
+        raise InputError(*problems)
+    task = build.build(config["task"])
+    problems = [] if isinstance(task, Task) else _not_a_task(task, config)
+    train, evaluation, collate = _data(config["data"])
+    problems += _data_problems(config, "data.train", train)
+    if evaluation is not None:
+        problems += _data_problems(config, "data.eval", evaluation)
+    if isinstance(task, Task) and not problems:
+        problems += task.check(train, "data.train")
+        problems += [] if evaluation is None else task.check(evaluation, "data.eval")
+    if problems:
+        raise InputError(*problems)
+    return Parts(backend, task, train, evaluation, collate)
+
+
+def _signatures(config: Config) -> list[Problem]:
+    """Every `_target_` of the configuration: can be imported, takes these arguments."""
+    optimizer = {k: v for k, v in config["optimizer"].items() if k != "no_decay"}
+    scheduler = {k: _stand_in(v) for k, v in (config["scheduler"] or {}).items() if k != "monitor"}
+    data = config["data"]
+    problems = [
+        *build.check(config["model"], "model"),
+        *build.check(config["task"], "task"),
+        *build.check(optimizer, "optimizer", given=1),
+        *build.check(scheduler, "scheduler", given=1, also=("total_steps", "steps_per_epoch")),
+        *build.check(_for_target(data) if build.is_spec(data) else {}, "data"),
+    ]
+    for name in ("train", "eval", "collate"):
+        if build.is_spec(data[name]):
+            problems += build.check(data[name], f"data.{name}")
+    for group in ("hooks", "trackers"):
+        for name, spec in config[group].items():
+            if spec is None:
+                continue
+            found = build.check(spec, f"{group}.{name}")
+            problems += found or (_hook_events(name, spec) if group == "hooks" else [])
+    return problems
+
+
+def _hook_events(name: str, spec: Config) -> list[Problem]:
+    return hook.check(name, build.find(spec["_target_"]))
+
+
+def _stand_in(value: Any) -> Any:
+    return 1 if value in _LATE else value
+
+
+def _not_a_task(task: Any, config: Config) -> list[Problem]:
+    needed = [name for name in ("inputs", "loss", "weight", "metrics", "check") if not hasattr(task, name)]
+    if not needed:
+        return []
+    return [
+        Problem(
+            "task._target_",
+            f"built a {type(task).__name__}, which has no {', '.join(needed)}",
+            "derive it from runner.train.task.Task",
+            value=config["task"]["_target_"],
+        )
+    ]
+
+
+def _device(config: Config) -> torch.device:
+    name = config["device"]
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(word for word in ("cuda", "mps", "cpu") if there[word])
+    if not there[name]:
+        works = ", ".join(["auto", *(word for word, yes in there.items() if yes)])
+        raise wrong("device", "there is no such device here", f"use one of {works}", value=name)
+    return torch.device(name, 0) if name == "cuda" else torch.device(name)
+
+
+def _precision(config: Config) -> Precision:
+    values = dict(config["precision"])
+    scaling = values.pop("loss_scaling")
+    dtypes = {name: getattr(torch, values.pop(name)) for name in ("param_dtype", "compute_dtype", "reduce_dtype")}
+    return Precision(**values, **dtypes, loss_scaling=None if scaling is None else LossScaling(**scaling))
+
+
+def _backend(config: Config) -> Backend:
+    return _BACKENDS[config["backend"]["name"]](_device(config), _precision(config), Mesh())
+
+
+_DATA_KEYS = ("collate", "num_workers", "drop_last", "group_by_length")
+
+
+def _for_target(data: Config) -> dict[str, Any]:
+    """The part of `data` that a target of its own is called with."""
+    return {key: value for key, value in data.items() if key not in _DATA_KEYS and not _unset(key, value)}
+
+
+def _unset(key: str, value: Any) -> bool:
+    return key in ("train", "eval") and value is None
+
+
+def _data(data: Config) -> tuple[Any, Any, Any]:
+    """(train, eval, collate): each built from its own key, or all by the target of `data` itself."""
+    collate = build.build(data["collate"])
+    if not build.is_spec(data):
+        return _built(data["train"], "data.train"), _built(data["eval"], "data.eval"), collate
+    both = _built(_for_target(data), "data")
+    return both.train, getattr(both, "eval", None), collate or getattr(both, "collate", None)
+
+
+def _built(spec: Any, key: str) -> Any:
+    try:
+        return build.build(spec)
+    except OSError as error:
+        raise wrong(key, f"{error.strerror or error}", "give the path of a file that can be read", value=error.filename) from error
+
+
+def _data_problems(config: Config, key: str, dataset: Any) -> list[Problem]:
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        return [Problem(key, f"built a {type(dataset).__name__}, which has no length and index", "use a map-style data set")]
+    size = config["batch"]["global_size"]
+    if len(dataset) == 0:
+        return [Problem(key, "is empty: it has no sample", "check the file or the filter that made it")]
+    if key == "data.train" and config["data"]["drop_last"] and len(dataset) < size:
+        why = f"leaves nothing: {len(dataset)} samples are fewer than batch.global_size={size}"
+        return [Problem("data.drop_last", why, f"set it to false, or batch.global_size to at most {len(dataset)}", value=True)]
+    if config["data"]["group_by_length"] and not hasattr(dataset, "lengths"):
+        why = f"needs a data set that tells the lengths of its samples, and {type(dataset).__name__} has no `lengths`"
+        return [Problem("data.group_by_length", why, "set it to false, or give the data set a `lengths`", value=True)]
+    return []
+
+
+# --- the run --------------------------------------------------------------------------------------------------------
+
+
+def assemble(config: Config, parts: Parts, folder: RunFolder, *, resume: Path | None, terminal: str | None = None) -> Run:
+    """Builds everything else and goes to where the checkpoint `resume` stands.
+
+    Raises InputError where model, optimizer or scheduler turn out not to fit what the configuration says.
+    """
+    _global_switches(config, parts.backend)
+    engine = Engine(parts.backend)
+    torch.manual_seed(config["seed"])
+    engine.prepare(_model_factory(config), _optimizer_factory(config, engine.device))
+    train_data, eval_data = _loaders(config, parts, engine)
+    plan = _plan(config, train_data.order)
+    schedule = _schedule(config, engine, plan)
+    progress = Progress()
+    hooks = _hooks(config)
+    stateful = {name: item for name, item in hooks.items() if hasattr(item, "state_dict")}
+    state = {
+        **engine.state(),
+        "scheduler": schedule,
+        "progress": progress,
+        **{f"hooks.{name}": item for name, item in stateful.items()},
+        "random": RandomState(),
+    }
+    checkpointer = _checkpointer(config, folder, state)
+    if resume is not None:
+        loader = checkpointer or Checkpointer(folder.path / "checkpoints", state)
+        loader.load(resume)
+    return Run(
+        name=config["name"],
+        config=config,
+        folder=folder,
+        engine=engine,
+        task=parts.task,
+        schedule=schedule,
+        train_data=train_data,
+        eval_data=eval_data,
+        plan=plan,
+        progress=progress,
+        settings=Settings(config["seed"], config["log"]["every"], config["grad_clip"], config["nan"]),
+        hooks=hooks,
+        events=hook.events(hooks.values()),
+        trackers=_trackers(config),
+        checkpointer=checkpointer,
+        save_every=_save_every(config, plan),
+        counts_tokens=getattr(type(parts.task), "tokens", Task.tokens) is not Task.tokens,
+        terminal=terminal,
+    )
+
+
+def _global_switches(config: Config, backend: Backend) -> None:
+    threads = config["launch"]["threads"]
+    if threads is not None:
+        torch.set_num_threads(threads)
+    deterministic = config["determinism"] == "kernels"
+    # Asked only where it changes something: the call imports the compiler's configuration, half a second.
+    if deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(deterministic)
+    if backend.device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if backend.precision.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = backend.precision.tf32
+
+
+def _model_factory(config: Config) -> Callable[[], torch.nn.Module]:
+    def build_model() -> torch.nn.Module:
+        model = build.build(config["model"])
+        if not isinstance(model, torch.nn.Module):
+            target = config["model"]["_target_"]
+            raise wrong("model", f"built a {type(model).__name__}", "name something that gives a torch.nn.Module", value=target)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise wrong("model", "has no parameter that can be trained", "unfreeze some")
+        return model
+
+    return build_model
+
+
+def _optimizer_factory(config: Config, device: torch.device) -> Callable[[torch.nn.Module], torch.optim.Optimizer]:
+    spec = dict(config["optimizer"])
+    no_decay = spec.pop("no_decay", None) or ()
+    spec |= fused_by_default(build.find(spec["_target_"]), list(spec), device)
+    return lambda model: build.build(spec, parameter_groups(model, no_decay))
+
+
+def _loaders(config: Config, parts: Parts, engine: Engine) -> tuple[Loader, Loader | None]:
+    data, batch, mesh = config["data"], config["batch"], engine.mesh
+    grouped = data["group_by_length"]
+
+    def loader(dataset: Any, size: int, micro: int, **how: Any) -> Loader:
+        lengths = dataset.lengths if grouped else None
+        return Loader(
+            dataset,
+            Order(len(dataset), size, config["seed"], lengths=lengths, **how),
+            micro,
+            collate=parts.collate,
+            num_workers=data["num_workers"],
+            device=engine.device,
+            reader=mesh.data_rank,
+            readers=mesh.data_size,
+        )
+
+    train = loader(parts.train, batch["global_size"], batch["micro_size"], drop_last=data["drop_last"])
+    if parts.eval is None:
+        return train, None
+    micro = config["eval"]["micro_size"] or batch["micro_size"]
+    return train, loader(parts.eval, micro * mesh.data_size, micro, shuffle=False)
+
+
+def _plan(config: Config, order: Order) -> Plan:
+    steps = config["train"]["steps"] or config["train"]["epochs"] * order.steps_per_epoch
+    return Plan(steps, order.steps_per_epoch)
+
+
+def _schedule(config: Config, engine: Engine, plan: Plan) -> Schedule:
+    spec = dict(config["scheduler"] or {})
+    if not spec:
+        return Schedule(None)
+    metric = spec.pop("monitor", "loss")
+    spec = {key: getattr(plan, _LATE[value]) if value in _LATE else value for key, value in spec.items()}
+    target = build.find(spec["_target_"])
+    late = {"total_steps": plan.steps, "steps_per_epoch": plan.steps_per_epoch}
+    also = {name: value for name, value in late.items() if name not in spec and build.accepts(target, name)}
+    return Schedule(build.build(spec, engine.optimizer, **also), metric)
+
+
+def _hooks(config: Config) -> dict[str, Any]:
+    every = config["eval"]["every"]
+    evaluation = {} if every == "never" else {"evaluation": Evaluation(every if isinstance(every, int) else None)}
+    return {**evaluation, **{name: build.build(spec) for name, spec in config["hooks"].items() if spec is not None}}
+
+
+def _trackers(config: Config) -> Any:
+    from runner.trackers import Trackers
+
+    return Trackers({name: build.build(spec) for name, spec in config["trackers"].items() if spec is not None})
+
+
+def _checkpointer(config: Config, folder: RunFolder, state: Mapping[str, Any]) -> Checkpointer | None:
+    options = config["checkpoint"]
+    if options is None:
+        return None
+    best = options["best"]
+    named = None if best is None else (best["metric"], best["mode"])
+    return Checkpointer(folder.path / "checkpoints", state, keep=options["keep"], best=named)
+
+
+def _save_every(config: Config, plan: Plan) -> SaveEvery:
+    every = (config["checkpoint"] or {}).get("every") or {}
+    if every.get("epochs"):
+        return SaveEvery(steps=every["epochs"] * plan.steps_per_epoch)
+    return SaveEvery(every.get("steps"), every.get("seconds"))
+
+

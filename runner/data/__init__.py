@@ -1,0 +1,1 @@
+"""Which sample is seen when, and how samples become batches on the device."""

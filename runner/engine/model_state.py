@@ -1,0 +1,252 @@
+"""The states of a model and of its optimizer, keyed by parameter name, whatever wraps the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from runner.errors import InputError, Problem, RunnerError, wrong
+
+
+class ModelState:
+    """Parameters and buffers under the names that the bare model has; tied ones once, by their first name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tensors themselves, not copies."""
+        first = _first_names(_tensors(self._model))
+        return {
+            _plain(name): value.detach() if isinstance(value, Tensor) else value
+            for name, value in _tensors(self._model).items()
+            if first.get(id(value), name) == name
+        }
+
+    def template(self, saved: Any) -> dict[str, Any]:
+        """The model's own tensors: they are filled in place."""
+        return self.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Copies the values into the model. Raises InputError where names are missing or left over."""
+        own = _tensors(self._model)
+        first = _first_names(own)
+        source = {name: _plain(first.get(id(value), name)) for name, value in own.items()}
+        _compare("the model", source.values(), state)
+        bare = _bare(self._model)
+        bare.load_state_dict({name: state[saved] for name, saved in source.items()}, strict=False)
+
+
+class OptimizerState:
+    """An optimizer's state by parameter name, and what its groups were set to.
+
+    What goes on from a checkpoint: the state of each parameter, and of each group's values (lr, momentum, ...) those
+    that the configuration sets as it did when the checkpoint was saved, at whatever a scheduler had made of them. A
+    value that the configuration now sets otherwise is the configured one; if it is the learning rate, the current
+    one is moved in proportion. "As configured" is what the groups hold when this object is made, so make it before
+    the first step.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._configured = [_values(group) for group in optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"type", "state": {name: {...}}, "groups": [{"params": [names], "lr": ..., ...}], "configured", "dtypes"}.
+
+        Parameters that have no state yet have no entry. Raises InputError where a parameter is not the model's.
+        """
+        names = self._names()
+        held = {name: self._optimizer.state[p] for p, name in names.items() if self._optimizer.state.get(p)}
+        if len(held) < sum(1 for entry in self._optimizer.state.values() if entry):
+            raise RunnerError(f"{self._type} keeps state that belongs to no parameter; it cannot be saved by name")
+        return {
+            "type": self._type,
+            "state": {name: dict(entry) for name, entry in held.items()},
+            "groups": [
+                {"params": [names[p] for p in group["params"]], **_values(group)}
+                for group in self._optimizer.param_groups
+            ],
+            "configured": self._configured,
+            "dtypes": {name: _dtype_name(p.dtype) for p, name in names.items()},
+        }
+
+    def template(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """Tensors to be filled: the optimizer's own where they suit, else new ones, placed as their parameters are.
+
+        Raises InputError where the optimizer is of another type or has other parameters.
+        """
+        self._check(saved)
+        parameters = {name: p for p, name in self._names().items()}
+        state = {}
+        for name, entry in saved["state"].items():
+            p, dtype = parameters[name], saved["dtypes"][name]
+            state[name] = {key: self._targets(p, dtype, key, value) for key, value in entry.items()}
+        return {**saved, "state": state}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Takes the tensors over, not copies of them. Raises InputError as `template` does."""
+        self._check(saved)
+        names = self._names()
+        index = {name: number for number, name in enumerate(names.values())}
+        groups = [
+            {**values, "params": [index[names[p]] for p in group["params"]]}
+            for group, values in zip(self._optimizer.param_groups, self._merged(saved), strict=True)
+        ]
+        state = {index[name]: dict(entry) for name, entry in saved["state"].items()}
+        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        # torch converts state to the type of its parameter, also where an optimizer wants it in another.
+        for p, name in names.items():
+            for key, value in saved["state"].get(name, {}).items():
+                if isinstance(value, Tensor) and self._optimizer.state[p][key].dtype != value.dtype:
+                    self._optimizer.state[p][key] = value.to(p.device)
+
+    @property
+    def _type(self) -> str:
+        return type(self._optimizer).__name__
+
+    def _names(self) -> dict[Tensor, str]:
+        """The optimizer's parameters in its order, with their names."""
+        known = {id(p): _plain(name) for name, p in _bare(self._model).named_parameters()}
+        names = {}
+        for group in self._optimizer.param_groups:
+            for p in group["params"]:
+                if id(p) not in known:
+                    raise wrong(
+                        "optimizer",
+                        f"{self._type} holds a parameter of shape {list(p.shape)} that is not the model's",
+                        "give it parameters of the model only, so that they have names",
+                    )
+                names[p] = known[id(p)]
+        return names
+
+    def _check(self, saved: Mapping[str, Any]) -> None:
+        if saved["type"] != self._type:
+            why = f"the checkpoint has the state of {saved['type']}, which {self._type} cannot take"
+            raise wrong("optimizer", why, f"{saved['type']}, or start anew", value=self._type)
+        names = [name for group in saved["groups"] for name in group["params"]]
+        _compare("the optimizer", self._names().values(), names)
+
+    def _targets(self, p: Tensor, saved_type: str, key: str, value: Any) -> Any:
+        """`value` with a tensor of the optimizer's own in the place of each of its tensors."""
+        if isinstance(value, Mapping):
+            return {inner: self._targets(p, saved_type, inner, item) for inner, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self._targets(p, saved_type, "", item) for item in value)
+        if not isinstance(value, Tensor):
+            return value
+        step = key == "step"
+        dtype = p.dtype if not step and _dtype_name(value.dtype) == saved_type else value.dtype
+        held = self._optimizer.state.get(p, {}).get(key)
+        if isinstance(held, Tensor) and held.shape == value.shape and held.dtype == dtype:
+            return held
+        if not step and value.shape == p.shape:
+            return torch.empty_like(p, dtype=dtype, requires_grad=False)
+        return torch.empty(value.shape, dtype=dtype, device="cpu" if step and not self._step_on_device(p) else p.device)
+
+    def _step_on_device(self, p: Tensor) -> bool:
+        group = next(group for group in self._optimizer.param_groups if any(p is q for q in group["params"]))
+        return bool(group.get("fused") or group.get("capturable"))
+
+    def _merged(self, saved: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Each group's values to go on with."""
+        place = {name: number for number, group in enumerate(saved["groups"]) for name in group["params"]}
+        names = self._names()
+        merged = []
+        for group, now in zip(self._optimizer.param_groups, self._configured, strict=True):
+            live = {key: value for key, value in group.items() if key != "params"}
+            if group["params"]:
+                number = place[names[group["params"][0]]]
+                values = {key: value for key, value in saved["groups"][number].items() if key != "params"}
+                live = _merge(live, now, saved["configured"][number], values)
+            merged.append(live)
+        return merged
+
+
+def _merge(
+    live: Mapping[str, Any], now: Mapping[str, Any], then: Mapping[str, Any], saved: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A group's values: `saved` where the configuration is the same `now` as `then`, else what is `live`."""
+    nothing = object()
+    merged = dict(live)
+    merged |= {key: value for key, value in saved.items() if now.get(key, nothing) == then.get(key, nothing)}
+    if "lr" not in live or "lr" not in saved:
+        return merged
+    # A scheduler starts with a rate of its own, so the configured one is initial_lr where there is a scheduler.
+    base_now, base_then = now.get("initial_lr", now["lr"]), then.get("initial_lr", then["lr"])
+    merged["lr"] = saved["lr"]
+    if base_now != base_then:
+        merged["lr"] = saved["lr"] * (base_now / base_then) if base_then else live["lr"]
+        if "initial_lr" in live:
+            merged["initial_lr"] = live["initial_lr"]
+    if isinstance(live["lr"], Tensor):
+        merged["lr"] = torch.full_like(live["lr"], float(merged["lr"]))
+    return merged
+
+
+def _values(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a group holds beside its parameters, as far as it can be written down; code makes the rest anew."""
+    numbers = {
+        key: value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        for key, value in group.items()
+        if key != "params"
+    }
+    return {key: value for key, value in numbers.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The user's own model inside of DistributedDataParallel and torch.compile."""
+    while True:
+        inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
+        if inner is None:
+            return model
+        model = inner
+
+
+def _tensors(model: nn.Module) -> dict[str, Any]:
+    """The bare model's state by its full names, with the parameters and buffers themselves."""
+    return dict(_bare(model).state_dict(keep_vars=True))
+
+
+def _first_names(values: Mapping[str, Any]) -> dict[int, str]:
+    """The first name of each tensor, by its identity."""
+    names: dict[int, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            names.setdefault(id(value), name)
+    return names
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without the words of wrappers around modules inside the model."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _compare(what: str, own: Iterable[str], saved: Iterable[str], most: int = 5) -> None:
+    """Raises InputError where the names differ, with the first five each way."""
+    own, saved = list(own), list(saved)
+    lists = {"it lacks": set(own) - set(saved), "nothing here takes": set(saved) - set(own)}
+    words = []
+    for word, names in lists.items():
+        first = [name for name in dict.fromkeys([*own, *saved]) if name in names]
+        more = f" and {len(first) - most} more" if len(first) > most else ""
+        words += [f"{word} {', '.join(first[:most])}{more}"] if first else []
+    if words:
+        why = f"the checkpoint's state of {what} does not fit: {'; '.join(words)}"
+        raise InputError(Problem("resume", why, "resume with the configuration that saved it, or start anew"))

@@ -1,0 +1,83 @@
+"""One process: the model as it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runner.engine.backend import Backend, BuildModel, BuildOptimizer, Update
+from runner.engine.gradients import clip, global_norm
+from runner.engine.model_state import ModelState, OptimizerState
+from runner.engine.optimizer import plain_step, without_compiler
+from runner.engine.scaler import Scaler
+
+
+class Single(Backend):
+    name = "single"
+
+    def prepare(self, build_model: BuildModel, build_optimizer: BuildOptimizer) -> None:
+        self.model = build_model().to(self.device, self.precision.param_dtype)
+        without_compiler()
+        self.optimizer = build_optimizer(self.model)
+        self.scaler = Scaler(self.precision.loss_scaling, self.device)
+        self._step = plain_step(self.optimizer)
+        self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        # Elsewhere than on a CPU, looking at a number waits for all work that was queued before it.
+        self._device_decides = fused and self.device.type != "cpu" and not self.scaler.active
+        self._nothing = nullcontext()
+        self._unscaled = False
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if not self.precision.autocast:
+            return self._nothing
+        return torch.autocast(self.device.type, dtype=self.precision.compute_dtype)
+
+    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
+        return self._nothing
+
+    def backward(self, loss: Tensor, factor: Tensor) -> None:
+        # Handing the factor to backward spares a multiplication in the graph, forward and backward.
+        loss.backward(self.scaler.scale(factor))
+
+    def unscale(self) -> None:
+        if not self._unscaled:
+            self._unscaled = True
+            self.scaler.unscale(self.optimizer)
+
+    def step(self, max_norm: float | None, *, guard: bool, loss: Tensor | None = None) -> Update:
+        self.unscale()
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        watched = guard or self.scaler.active
+        norm = global_norm(gradients) if watched or max_norm is not None else None
+        skipped = self._not_finite(norm, loss if guard else None) if watched and norm is not None else False
+        if skipped is not True:
+            with torch.no_grad():
+                if max_norm is not None and norm is not None:
+                    clip(gradients, norm, max_norm)
+                if skipped is not False:
+                    # The words by which torch's fused optimizers let the device skip a step.
+                    self.optimizer.grad_scale, self.optimizer.found_inf = None, skipped.float()  # type: ignore[attr-defined]
+                self._step()
+        overflow = self.scaler.update(skipped is True)
+        for parameter in self._parameters:
+            parameter.grad = None
+        self._unscaled = False
+        return Update(norm, skipped, overflow)
+
+    def _not_finite(self, norm: Tensor, loss: Tensor | None) -> bool | Tensor:
+        if self._device_decides:
+            return ~torch.isfinite(norm if loss is None else norm + loss)
+        return not (math.isfinite(norm.item()) and (loss is None or math.isfinite(loss.item())))
+
+    def state(self) -> Mapping[str, Any]:
+        return {
+            "model": ModelState(self.model),
+            "optimizer": OptimizerState(self.model, self.optimizer),
+            "scaler": self.scaler,
+        }

@@ -1,0 +1,68 @@
+"""The errors a user sees: a problem has a key, a value, why it is wrong and what would be right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+_NO_VALUE: Any = type("NoValue", (), {"__repr__": lambda self: "<no value>", "__bool__": lambda self: False})()
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where something stands: a file with line and column (both from 1), or the command line."""
+
+    file: str
+    line: int | None = None
+    column: int | None = None
+
+    def __str__(self) -> str:
+        return self.file if self.line is None else f"{self.file}:{self.line}:{self.column}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with the user's input.
+
+    `key` is the dotted configuration key (None: not about a key), `why` a clause that says what is wrong,
+    `fix` a sentence with what would work, `mark` where the key stands (added by whoever knows the files).
+    """
+
+    key: str | None
+    why: str
+    fix: str = ""
+    value: Any = _NO_VALUE
+    mark: Mark | None = None
+
+    @property
+    def has_value(self) -> bool:
+        return self.value is not _NO_VALUE
+
+    def at(self, mark: Mark | None) -> Problem:
+        """The same problem with its place, unless it has one already."""
+        return self if self.mark is not None or mark is None else replace(self, mark=mark)
+
+
+class RunnerError(Exception):
+    """Base of the errors that are shown as a message, without a traceback."""
+
+    exit_code = 1
+
+
+class InputError(RunnerError):
+    """The user's input is wrong: exit code 2. Carries all problems that are known, not only the first."""
+
+    exit_code = 2
+
+    def __init__(self, *problems: Problem) -> None:
+        self.problems = problems
+        super().__init__("; ".join(f"{p.key}: {p.why}" if p.key else p.why for p in problems))
+
+
+class TrainingStopped(RunnerError):
+    """The training itself cannot go on, for example because the loss is not finite: exit code 1."""
+
+
+def wrong(key: str | None, why: str, fix: str = "", **value: Any) -> InputError:
+    """An InputError of one problem: `raise wrong("data.train", "no such file", "give a path", value=path)`."""
+    return InputError(Problem(key, why, fix, **value))

@@ -1,0 +1,112 @@
+"""Shows how a run goes: one live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from runner.train.hook import Hook
+from runner.train.run import Run
+
+_SHOWN = {"lr": ".3g", "grad_norm": ".3g", "samples_per_second": ".1f", "tokens_per_second": ".0f"}
+_CLEAR = "\r\x1b[K"
+
+
+class Progress(Hook):
+    """Loss, metrics, samples a second and time left.
+
+    On a terminal a live line, redrawn at most `per_second` times a second and cut to its width; in a pipe or a file
+    one flushed line for each training record.
+
+    Args:
+        seconds: least time between two plain lines; records in between get none.
+        per_second: how often the live line is redrawn at most.
+    """
+
+    def __init__(self, seconds: float = 0.0, per_second: float = 10.0) -> None:
+        self._seconds, self._pause = seconds, 1.0 / per_second
+        self._live = False
+        self._next = 0.0
+        self._shown = -1
+
+    def on_run_start(self, run: Run) -> None:
+        # A terminal that cannot move its cursor gets plain lines.
+        self._live = sys.stdout.isatty() and run.terminal != "dumb"
+        self._started, self._first = time.perf_counter(), run.progress.step
+
+    def on_step_end(self, run: Run) -> None:
+        if self._live:
+            now = time.perf_counter()
+            if now >= self._next:
+                self._next = now + self._pause
+                self._draw(self._line(run, fresh_loss=True))
+            return
+        if run.record.get("step") == self._shown or not run.record:
+            return
+        now = time.perf_counter()
+        if now >= self._next:
+            self._next = now + self._seconds
+            self._shown = run.record["step"]
+            self._print(self._line(run))
+
+    def on_eval_end(self, run: Run, metrics: Mapping[str, float]) -> None:
+        values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "samples")
+        self._print(f"evaluation at step {run.progress.step}: {values}  ({metrics['samples']} samples)")
+
+    def on_checkpoint_saved(self, run: Run, path: Path) -> None:
+        if self._live:
+            self._draw(f"saved {path}")
+
+    def on_run_end(self, run: Run) -> None:
+        if run.record and run.record.get("step") != self._shown:
+            self._print(self._line(run))
+        elif self._live:
+            self._write(_CLEAR)
+
+    def on_exception(self, run: Run, error: BaseException) -> None:
+        if self._live:
+            self._write("\n")
+
+    def _line(self, run: Run, fresh_loss: bool = False) -> str:
+        plan, record = run.plan, run.record
+        step = run.progress.step if fresh_loss else record["step"]
+        epochs = -(-plan.steps // plan.steps_per_epoch)
+        parts = [f"step {step:>{len(str(plan.steps))}}/{plan.steps}"]
+        if epochs > 1:
+            samples = run.progress.samples if fresh_loss else record["samples"]
+            parts.append(f"epoch {samples / run.train_data.order.samples_per_epoch:.2f}/{epochs}")
+        loss = run.loss if fresh_loss else record["loss"]
+        if loss is not None:
+            parts.append(f"loss {float(loss):.4f}")
+        for name, form in _SHOWN.items():
+            if isinstance(record.get(name), (int, float)):
+                parts.append(f"{name.replace('_per_second', '/s')} {record[name]:{form}}")
+        left = self._left(run, step)
+        if left is not None:
+            parts.append(f"left {left}")
+        return "  ".join(parts)
+
+    def _left(self, run: Run, step: int) -> str | None:
+        done = step - self._first
+        if done <= 0 or step >= run.plan.steps:
+            return None
+        seconds = (time.perf_counter() - self._started) / done * (run.plan.steps - step)
+        minutes, second = divmod(round(seconds), 60)
+        hours, minute = divmod(minutes, 60)
+        return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+    def _draw(self, line: str) -> None:
+        width = shutil.get_terminal_size().columns
+        self._write(_CLEAR + (line if len(line) < width else line[: width - 1]))
+
+    def _print(self, line: str) -> None:
+        self._write((_CLEAR if self._live else "") + line + "\n")
+
+    def _write(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+

@@ -1,0 +1,364 @@
+"""One job: from a finished plan to an exit code, with the run's folder, its signals and its end in order."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import shlex
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from runner import console
+from runner.assemble import Parts, assemble, check
+from runner.checkpoint import find, latest
+from runner.distributed import leave
+from runner.environment import describe_later
+from runner.errors import InputError, Problem, RunnerError, wrong
+from runner.folder import RunFolder
+from runner.launch.worker import WorkPlan
+from runner.places import make_importable
+from runner.recipe.redact import redact
+from runner.train.loop import train
+from runner.train.run import Run
+
+DONE, FAILED, PREEMPTED, INTERRUPTED = 0, 1, 75, 130
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+log = logging.getLogger("runner")
+
+
+class Interrupted(BaseException):
+    """A signal came before there was a training that could end in order."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = _exit_code(number)
+
+
+def work(plan: WorkPlan) -> int:
+    """Does the job. Returns its exit code; raises InputError where the user's input is wrong."""
+    make_importable(Path(plan.directory))
+    environment = describe_later(Path(plan.directory))
+    with _signals() as signals:
+        try:
+            parts = check(plan.config)
+            folder, resume = _folder(plan)
+            if folder is None:
+                return DONE
+            return _in_folder(plan, parts, folder, resume, signals, environment)
+        except Interrupted as stop:
+            log.info("%s before the first step: nothing to save", stop)
+            return stop.exit_code
+        finally:
+            leave()
+
+
+def _in_folder(
+    plan: WorkPlan, parts: Parts, folder: RunFolder, resume: Path | None, signals: _Signals, environment: Any
+) -> int:
+    """The job once its folder is there: everything that happens from here on is told in it."""
+    handlers = console.keep(folder.path / "logs" / "main.log", folder.path / "logs" / "rank_0.log")
+    run: Run | None = None
+    try:
+        folder.state("starting", step=0)
+        _write_inputs(plan, folder)
+        run = assemble(plan.config, parts, folder, resume=resume, terminal=plan.terminal)
+        if resume is not None:
+            log.info("goes on after step %d from %s", run.progress.step, _short(resume, plan))
+        if run.progress.step >= run.plan.steps:
+            log.info("%s is already complete: %d steps", _short(folder.path, plan), run.progress.step)
+            folder.state("completed", step=run.progress.step)
+            return DONE
+        _introduce(run, plan)
+        run.trackers.start(folder.path, run.progress.step, redact(plan.config, plan.written))
+        run.startup_seconds = time.time() - plan.started
+        folder.state("running", step=run.progress.step)
+        signals.run = run
+        train(run)
+        return _ended(run, plan)
+    except (Exception, Interrupted) as error:
+        return _failed(error, run, folder, plan)
+    finally:
+        signals.run = None
+        if run is not None:
+            run.trackers.close()
+            _drop(run)
+        _write_environment(folder, environment, parts)
+        console.close(handlers)
+
+
+# --- the folder -----------------------------------------------------------------------------------------------------
+
+
+def _folder(plan: WorkPlan) -> tuple[RunFolder | None, Path | None]:
+    """The run's folder and the checkpoint to go on from; no folder where there is nothing left to do."""
+    resume = plan.config["resume"]
+    named = None if resume in ("auto", "never") else find(Path(plan.directory, resume))
+    if plan.run_dir is None:
+        folder = RunFolder.new(Path(plan.directory, "runs"), plan.config["name"])
+        folder.link_latest()
+        return folder, named
+    path = Path(plan.directory, plan.run_dir)
+    folder = RunFolder.named(path)
+    if not any(path.iterdir()):
+        return folder, named
+    if resume == "never":
+        raise wrong("resume", f"never, and {plan.run_dir} is not empty", "name another run_dir, or say resume=auto", value=resume)
+    if not (path / "status.json").exists():
+        raise wrong("run_dir", "is not empty and holds no run", "name a run's folder, or one that is not there", value=plan.run_dir)
+    last = named or latest(path / "checkpoints")
+    if last is not None:
+        _refuse_drift(plan, folder)
+    return folder, last
+
+
+_BOUND = ("model", "task", "optimizer", "scheduler", "data", "seed", "batch.global_size")
+_FREE_DATA = ("num_workers",)
+
+
+def _refuse_drift(plan: WorkPlan, folder: RunFolder) -> None:
+    """Raises InputError for configuration that would make the training another one, unless it is in resume_allow."""
+    try:
+        before = yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return
+    now = redact(plan.config, plan.written)
+    allowed = plan.config["resume_allow"]
+    problems = [
+        Problem(
+            key,
+            f"was {old!r} when this run was started",
+            f"give the old value, allow the change by resume_allow=[{key}], or start a new run without run_dir",
+            value=new,
+        )
+        for bound in _BOUND
+        for key, old, new in _differences(bound, _at(before, bound), _at(now, bound))
+        if not any(key == word or key.startswith(word + ".") for word in allowed)
+        and key.removeprefix("data.") not in _FREE_DATA
+    ]
+    if problems:
+        raise InputError(*problems)
+
+
+def _at(config: Any, key: str) -> Any:
+    for word in key.split("."):
+        config = config.get(word) if isinstance(config, Mapping) else None
+    return config
+
+
+def _differences(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in [*old, *(name for name in new if name not in old)]:
+            yield from _differences(f"{key}.{name}", old.get(name), new.get(name))
+    elif old != new:
+        yield key, old, new
+
+
+def _write_inputs(plan: WorkPlan, folder: RunFolder) -> None:
+    config = redact(plan.config, plan.written)
+    folder.write_text("config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120))
+    folder.write_text("overrides.txt", _command(plan, None) + "\n")
+
+
+def _write_environment(folder: RunFolder, environment: Any, parts: Parts) -> None:
+    device = parts.backend.device
+    devices = [str(device)]
+    if device.type == "cuda":
+        devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    try:
+        found = environment.result(timeout=5)
+    except Exception as error:
+        found = {"error": str(error)}
+    folder.write_json(
+        "environment.json", {**found, "devices": devices, "world_size": 1, "threads": torch.get_num_threads()}
+    )
+
+
+# --- beginning and end ----------------------------------------------------------------------------------------------
+
+
+def _introduce(run: Run, plan: WorkPlan) -> None:
+    """Says what is about to be trained, with the numbers that matter."""
+    config, model = plan.config, run.engine.model
+    count = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    of_them = "" if trained == count else f", {_count(trained)} of them trained"
+    batch, order = config["batch"], run.train_data.order
+    held_out = "" if run.eval_data is None else f", {run.eval_data.order.length:,} held out"
+    log.info("%s: %s", run.name, _short(run.folder.path, plan))
+    log.info("  model    %s, %s parameters%s", type(model).__name__, _count(count), of_them)
+    log.info("  data     %s samples%s", f"{order.length:,}", held_out)
+    log.info(
+        "  batch    %d = %d micro x %d accumulation x 1 process",
+        batch["global_size"],
+        batch["micro_size"],
+        config["accumulation"]["steps"],
+    )
+    log.info("  length   %d steps, %d an epoch", run.plan.steps, run.plan.steps_per_epoch)
+    log.info(
+        "  engine   %s on %s, %s, %s, %d threads",
+        run.engine.backend.name,
+        run.engine.device,
+        run.engine.precision.name,
+        type(run.engine.optimizer).__name__,
+        torch.get_num_threads(),
+    )
+
+
+def _count(number: int) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return str(number)
+
+
+def _ended(run: Run, plan: WorkPlan) -> int:
+    """Writes the summary of a training that ended in order and says how it ended."""
+    status = "interrupted" if run.signal is not None else "completed"
+    reason = f"{signal.Signals(run.signal).name}" if run.signal is not None else run.stop_reason
+    summary = _summary(status, run, plan)
+    run.folder.write_json("summary.json", summary)
+    run.folder.state(status, step=run.progress.step, reason=reason)
+    rate = f"{summary['samples_per_second']:.1f} samples/s"
+    values = "  ".join(f"{k} {v:.4f}" for k, v in summary["metrics"].items() if k not in ("split", "step", "samples"))
+    log.info("%s: step %d, %.1f s, %s  %s", status, run.progress.step, summary["train_seconds"], rate, values)
+    if run.stop_reason:
+        log.info("  stopped early: %s", run.stop_reason)
+    if run.progress.skipped:
+        log.info("  %d steps changed no weight (%d of them by the loss scale)", run.progress.skipped, run.progress.overflows)
+    if run.signal is None:
+        log.info("  %s", _short(run.folder.path / "summary.json", plan))
+        return DONE
+    _say_how_to_go_on(plan, run.folder)
+    return _exit_code(run.signal)
+
+
+def _failed(error: BaseException, run: Run | None, folder: RunFolder, plan: WorkPlan) -> int:
+    """Tells of a failure: its cause last, once; the traceback only where the user needs it."""
+    step = 0 if run is None else run.progress.step
+    if isinstance(error, Interrupted):
+        folder.state("interrupted", step=step, reason=str(error))
+        raise error
+    what = f"{type(error).__name__}: {error}" if not isinstance(error, RunnerError) else str(error)
+    folder.state("failed", step=step, reason=what)
+    folder.write_json("summary.json", {**_summary("failed", run, plan), "error": what})
+    if isinstance(error, InputError):
+        raise error
+    text = "".join(traceback.format_exception(error))
+    (folder.path / "logs" / "error.txt").write_text(text, encoding="utf-8")
+    if plan.full_error or not isinstance(error, RunnerError):
+        print(text, file=sys.stderr, end="", flush=True)
+    _say_how_to_go_on(plan, folder)
+    log.error("%s failed at step %d: %s", plan.config["name"], step + (run is not None), what)
+    return FAILED
+
+
+def _summary(status: str, run: Run | None, plan: WorkPlan) -> dict[str, Any]:
+    config = plan.config
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    common = {
+        "status": status,
+        "steps": 0,
+        "samples": 0,
+        "peak_memory_bytes": [usage],
+        "precision": config["precision"]["name"],
+        "world_size": 1,
+    }
+    if run is None:
+        return common
+    progress, device = run.progress, run.engine.device
+    seconds = progress.seconds
+    here = max(seconds - progress.seconds_before - run.paused_seconds, 1e-9)
+    saved = run.checkpointer.latest() if run.checkpointer else None
+    summary = {
+        **common,
+        "steps": progress.step,
+        "samples": progress.samples,
+        "skipped_steps": progress.skipped,
+        "train_seconds": seconds,
+        "samples_per_second": (progress.samples - run.train_data.order.samples(run.first_step)) / here,
+        "startup_seconds": run.startup_seconds,
+        "device": str(device),
+        "metrics": run.metrics,
+        "best": run.checkpointer.best if run.checkpointer else None,
+        "backend": run.engine.backend.name,
+        "checkpoint": str(saved) if saved else None,
+    }
+    if device.type == "cuda":
+        summary["peak_device_memory_bytes"] = [torch.cuda.max_memory_allocated(device)]
+    return summary
+
+
+def _say_how_to_go_on(plan: WorkPlan, folder: RunFolder) -> None:
+    log.info("to go on: %s", _command(plan, _short(folder.path, plan)))
+
+
+def _command(plan: WorkPlan, run_dir: str | None) -> str:
+    words = plan.command
+    if run_dir is not None and not any(word.lstrip("+").startswith("run_dir=") for word in words):
+        words = [*words, f"run_dir={run_dir}"]
+    return shlex.join(["python", "-m", "runner", *words])
+
+
+def _short(path: Path, plan: WorkPlan) -> str:
+    """The path as the user would type it."""
+    try:
+        return str(path.relative_to(plan.directory))
+    except ValueError:
+        return str(path)
+
+
+def _drop(run: Run) -> None:
+    """Lets go of model, optimizer and loaders before the process leaves."""
+    for name in list(vars(run)):
+        setattr(run, name, None)
+
+
+# --- signals --------------------------------------------------------------------------------------------------------
+
+
+class _Signals:
+    """The first signal ends the run after its step, the second at once."""
+
+    run: Run | None = None
+    received = False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if self.received:
+            os._exit(INTERRUPTED if number == signal.SIGINT else 128 + number)
+        self.received = True
+        if self.run is None:
+            raise Interrupted(number)
+        self.run.signal = number
+        # No logging here: the signal may have come while the logger held its lock.
+        os.write(2, f"\n{signal.Signals(number).name}: finishing this step and saving; once more to leave at once\n".encode())
+
+
+@contextmanager
+def _signals() -> Iterator[_Signals]:
+    handler = _Signals()
+    try:
+        before = {number: signal.signal(number, handler) for number in _SIGNALS}
+    except ValueError:
+        # Not the main thread (a notebook's, a test's): signals belong to somebody else.
+        yield handler
+        return
+    try:
+        yield handler
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _exit_code(number: int) -> int:
+    return INTERRUPTED if number == signal.SIGINT else PREEMPTED

@@ -1,0 +1,1 @@
+"""Starting the processes of a run. The only room, with distributed, that reads the environment."""

@@ -1,0 +1,1 @@
+"""From files and the command line to one checked, plain configuration. Nothing here imports torch."""

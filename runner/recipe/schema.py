@@ -1,0 +1,226 @@
+"""Every configuration key with its type, default and one-line description."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+def key(default: Any, help: str, **limits: Any) -> Any:
+    """A configuration key. Limits: `least` and `most` (inclusive bounds), `above` (exclusive lower bound)."""
+    metadata = {"help": help, **limits}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def group(type_: type, help: str) -> Any:
+    """A section of the configuration with keys of its own."""
+    return field(default_factory=type_, metadata={"help": help})
+
+
+class Spec(dict[str, Any]):
+    """What to build: `_target_` and its arguments, checked against the target's signature and not here."""
+
+
+class Specs(dict[str, Any]):
+    """Names and what to build for each; null removes a name."""
+
+
+@dataclass
+class Train:
+    epochs: int | None = key(None, "passes over the training data; give this or train.steps", least=1)
+    steps: int | None = key(None, "optimizer steps; give this or train.epochs", least=1)
+
+
+@dataclass
+class Batch:
+    global_size: int | None = key(None, "samples per optimizer step over the whole job", least=1)
+    micro_size: int | None = key(None, "samples per forward pass per process; derived when not given", least=1)
+
+
+@dataclass
+class Accumulation:
+    steps: int | None = key(None, "micro-batches per optimizer step and process; derived when not given", least=1)
+
+
+@dataclass
+class Eval:
+    every: Literal["epoch", "never"] | int = key("epoch", "epoch, a number of steps, or never; also at the end", least=1)
+    micro_size: int | None = key(None, "samples per forward pass of an evaluation; default: as in training", least=1)
+
+
+@dataclass
+class Log:
+    every: int = key(10, "optimizer steps between training records", least=1)
+
+
+@dataclass
+class Data:
+    train: Any = key(None, "the training data set: what to build")
+    eval: Any = key(None, "the held-out data set: what to build; null for none")
+    collate: Any = key(None, "makes a batch of a list of samples: what to build; default: torch's own")
+    num_workers: int = key(0, "processes that load data ahead; 0 loads in the training process", least=0, most=1024)
+    drop_last: bool = key(False, "leave out the last step of an epoch where it is short")
+    group_by_length: bool = key(False, "batch samples of similar length, inside a window of the global order")
+
+
+@dataclass
+class LossScaling:
+    init_scale: float = key(65536.0, "the first loss scale", above=0)
+    growth_factor: float = key(2.0, "factor after growth_interval steps without an overflow", above=1)
+    backoff_factor: float = key(0.5, "factor after an overflow", above=0)
+    growth_interval: int = key(2000, "steps without an overflow before the scale grows", least=1)
+    floor: float = key(1.0, "the scale never goes below this", above=0)
+
+
+@dataclass
+class Precision:
+    name: str = key("fp32", "the word for it")
+    param_dtype: Literal["float32", "bfloat16"] = key("float32", "type of the weights")
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = key("float32", "type of the arithmetic under autocast")
+    reduce_dtype: Literal["float32", "bfloat16"] = key("float32", "type in which gradients are summed")
+    tf32: bool = key(False, "TF32 in float32 matrix products")
+    loss_scaling: LossScaling | None = key(None, "dynamic loss scaling, or null for none")
+
+
+@dataclass
+class Backend:
+    name: Literal["auto", "single"] = key("auto", "auto: single for one process")
+
+
+@dataclass
+class Launch:
+    nproc_per_node: int = key(1, "processes on this node", least=1)
+    threads: int | None = key(None, "threads per process; default: cores / processes", least=1)
+
+
+@dataclass
+class Best:
+    metric: str = key("loss", "name in the evaluation record")
+    mode: Literal["min", "max"] = key("min", "which way is better")
+
+
+@dataclass
+class Every:
+    steps: int | None = key(None, "save every so many optimizer steps", least=1)
+    epochs: int | None = key(None, "save every so many epochs", least=1)
+    seconds: float | None = key(None, "save every so many seconds", above=0)
+
+
+@dataclass
+class Checkpoint:
+    every: Every | None = key(None, "{steps: N}, {epochs: N} or {seconds: N}; null: only the last")
+    keep: int = key(2, "how many of the newest are kept", least=2)
+    best: Best | None = key(None, "{metric, mode}: the best evaluation's checkpoint is kept too")
+
+
+@dataclass
+class Config:
+    name: str = key("run", "the run's name")
+    seed: int = key(0, "data order, initialisation and dropout follow from it", least=0, most=2**63 - 1)
+    determinism: Literal["default", "kernels"] = key("default", "kernels: ask torch for deterministic kernels")
+    device: Literal["auto", "cpu", "cuda", "mps"] = key("auto", "auto: the accelerator that is there, else cpu")
+    train: Train = group(Train, "how long")
+    batch: Batch = group(Batch, "batch arithmetic")
+    accumulation: Accumulation = group(Accumulation, "gradient accumulation")
+    eval: Eval = group(Eval, "when to evaluate")
+    log: Log = group(Log, "when to write training records")
+    model: Spec | None = key(None, "the model: a torch.nn.Module, or a function that returns one")
+    task: Spec | None = key(None, "how a batch becomes a loss and metrics")
+    optimizer: Spec | None = key(None, "the optimizer; no_decay names parameters without weight decay")
+    scheduler: Spec | None = key(None, "the learning-rate schedule, stepped once an optimizer step; null: constant")
+    data: Data = group(Data, "the data sets and how they are read")
+    precision: Precision = group(Precision, "number formats")
+    backend: Backend = group(Backend, "how processes train together")
+    launch: Launch = group(Launch, "processes and threads")
+    grad_clip: float | None = key(None, "maximum global gradient norm, or null", above=0)
+    checkpoint: Checkpoint | None = key(Checkpoint, "when to save and what to keep; checkpoint=none saves nothing")
+    resume: str = key("auto", "auto: go on where this run directory stopped; never; or a checkpoint's or run's path")
+    resume_allow: list[str] = key(list, "keys that may differ from what the run was started with")
+    nan: Literal["stop", "skip", "ignore"] = key("stop", "what to do about a loss or gradient that is not finite")
+    hooks: Specs = key(Specs, "name -> what to build; null removes a hook")
+    trackers: Specs = key(Specs, "name -> what to build; null removes a tracker")
+    run_dir: str | None = key(None, "where the run writes; default runs/DATE-TIME-NAME-xxxx")
+
+
+#: Groups whose keys are free because a `_target_` decides them; `data` has both (its own keys and a target's).
+FREE = ("model", "task", "optimizer", "scheduler")
+
+#: Words in a spec that belong to the builder and not to the target.
+BUILDER_WORDS = frozenset({"_target_", "_partial_", "_args_", "_recursive_", "_convert_"})
+
+
+def is_spec(value: Any) -> bool:
+    """Whether a plain value says what to build."""
+    return isinstance(value, Mapping) and "_target_" in value
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of the schema: what it may be, its default, its help and its limits."""
+
+    name: str
+    kinds: tuple[Any, ...]
+    make: Callable[[], Any]
+    help: str
+    limits: Mapping[str, float]
+
+    @property
+    def default(self) -> Any:
+        """The default value, as plain data."""
+        made = self.make()
+        return complete({}, type(made)) if is_dataclass(made) else made
+
+    @property
+    def optional(self) -> bool:
+        return type(None) in self.kinds or Any in self.kinds
+
+    @property
+    def section(self) -> type | None:
+        """The dataclass of a key that is a section."""
+        return next((kind for kind in self.kinds if is_dataclass(kind)), None)
+
+    @property
+    def words(self) -> tuple[Any, ...]:
+        """The words of a Literal."""
+        return tuple(word for kind in self.kinds if get_origin(kind) is Literal for word in get_args(kind))
+
+    @property
+    def builds(self) -> bool:
+        """Whether the key says what to build."""
+        return Spec in self.kinds
+
+
+@functools.cache
+def keys_of(section: type) -> Mapping[str, Key]:
+    """The keys of a section, in order."""
+    hints = get_type_hints(section)
+    found = {}
+    for item in fields(section):
+        hint = hints[item.name]
+        kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        make = functools.partial(_same, item.default) if item.default is not MISSING else item.default_factory
+        limits = {name: limit for name, limit in item.metadata.items() if name != "help"}
+        found[item.name] = Key(item.name, kinds, make, item.metadata["help"], limits)  # type: ignore[arg-type]
+    return found
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def complete(values: dict[str, Any], section: type = Config) -> dict[str, Any]:
+    """The values of a section with the defaults of keys that are missing, in the schema's order; others at the end."""
+    full: dict[str, Any] = {}
+    for key in keys_of(section).values():
+        value = values[key.name] if key.name in values else key.default
+        if key.section is not None and isinstance(value, dict):
+            value = complete(value, key.section)
+        elif key.kinds == (Specs,) and value is None:
+            value = {}
+        full[key.name] = value
+    return {**full, **{name: value for name, value in values.items() if name not in full}}

@@ -1,0 +1,1 @@
+"""Tasks that any plugin and recipe can use."""

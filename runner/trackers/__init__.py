@@ -1,0 +1,56 @@
+"""Trackers take the records of a run: files, TensorBoard, services."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+_log = logging.getLogger("runner")
+
+
+class Tracker(Protocol):
+    """What a tracker is: any class with these three methods."""
+
+    def start(self, folder: Path, step: int, config: Mapping[str, Any]) -> None:
+        """Called once. `step` finished steps are resumed from: what was recorded after them is to go."""
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Takes a training or evaluation record (keys `split` and `step`, numbers otherwise)."""
+
+    def close(self) -> None:
+        """Writes what is left."""
+
+
+class Trackers:
+    """All trackers of a run. One that fails says so and is left out; the run goes on."""
+
+    def __init__(self, trackers: Mapping[str, Tracker]) -> None:
+        self._trackers = dict(trackers)
+
+    def start(self, folder: Path, step: int, config: Mapping[str, Any]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            self._try(name, lambda tracker=tracker: tracker.start(folder, step, config), "failed to start")
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            self._try(name, lambda tracker=tracker: tracker.log(record), "failed")
+
+    def close(self) -> None:
+        for name, tracker in list(self._trackers.items()):
+            self._try(name, tracker.close, "failed to close")
+        self._trackers.clear()
+
+    def _try(self, name: str, call: Any, what: str) -> None:
+        try:
+            call()
+        except Exception as error:
+            _log.warning(
+                "tracker %s %s and is left out from here on; the run goes on: %s: %s",
+                name,
+                what,
+                type(error).__name__,
+                error,
+            )
+            self._trackers.pop(name, None)

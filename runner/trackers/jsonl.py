@@ -1,0 +1,52 @@
+"""metrics.jsonl: one JSON object a line, floats that read back exactly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from runner.folder import finite
+
+
+class Jsonl:
+    """Appends every record to RUN/metrics.jsonl and flushes it; after a resume the file has each step once."""
+
+    def __init__(self, file: str = "metrics.jsonl") -> None:
+        self._name = file
+        self._file: TextIO | None = None
+
+    def start(self, folder: Path, step: int, config: Mapping[str, Any]) -> None:
+        path = folder / self._name
+        if path.exists():
+            _forget_after(path, step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        assert self._file is not None
+        try:
+            line = json.dumps(record, allow_nan=False)
+        except ValueError:
+            line = json.dumps(finite(record))
+        self._file.write(line + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drops the records of steps after `step`, and a last line that a crash cut off."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record.get("step", 0) <= step:
+            kept.append(line + "\n")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,138 @@
+"""The training loop, one function."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from runner.train.evaluate import evaluate
+from runner.train.run import Run
+from runner.train.step import forward_backward, settle, update
+
+
+def train(run: Run) -> None:
+    """Trains from where the run stands to the end of its plan.
+
+        on_run_start
+        for each global step:
+            on_epoch_start, where it is the first of an epoch
+            on_step_start
+            forward and backward of its micro-batches
+            on_gradients_ready
+            optimizer step, scheduler step; progress
+            on_step_end
+            on_epoch_end, where it is the last of an epoch
+            evaluation, where a hook asked for one        -> on_eval_end
+            checkpoint, where one is due                  -> on_checkpoint_saved
+        evaluation and checkpoint, where the last step had none
+        on_run_end
+
+    An error is shown to the hooks (on_exception) and goes on. A signal or run.stop() ends the loop after the step.
+    """
+    events, plan, progress, settings = run.events, run.plan, run.progress, run.settings
+    step_start, gradients_ready, step_end = (
+        events["on_step_start"],
+        events["on_gradients_ready"],
+        events["on_step_end"],
+    )
+    seed, every = settings.seed, settings.log_every
+    run.first_step = first = evaluated = saved = progress.step
+    last_save = time.monotonic()
+    try:
+        _fire(run, "on_run_start")
+        run.engine.model.train()
+        # The step's seed comes before its data are fetched: a data set may draw from the generator too.
+        run.engine.seed(seed, "step", progress.step)
+        progress.start_clock()
+        for batches in run.train_data.steps(progress.step, plan.steps):
+            step = progress.step
+            if plan.starts_epoch(step) or step == first:
+                _fire(run, "on_epoch_start", plan.epoch(step))
+            run.logging = (step + 1) % every == 0 or step + 1 == plan.steps
+            for call in step_start:
+                call(run)
+            loss = forward_backward(run, batches)
+            if gradients_ready:
+                run.engine.unscale()
+                for call in gradients_ready:
+                    call(run)
+            update(run, loss)
+            progress.step = step + 1
+            progress.samples = run.train_data.order.samples(step + 1)
+            for call in step_end:
+                call(run)
+            if plan.starts_epoch(step + 1):
+                _fire(run, "on_epoch_end", plan.epoch(step))
+            if run.evaluation_asked:
+                evaluate_now(run)
+                evaluated = step + 1
+            if run.saving_asked or _save_due(run, last_save):
+                save_now(run)
+                saved, last_save = step + 1, time.monotonic()
+            if run.stop_reason or run.signal:
+                break
+            run.engine.seed(seed, "step", step + 1)
+        settle(run)
+        _finish(run, evaluated, saved)
+    except BaseException as error:
+        for call in events["on_exception"]:
+            call(run, error)
+        raise
+
+
+def _finish(run: Run, evaluated: int, saved: int) -> None:
+    """The last evaluation and checkpoint, where the last step had none; a signal leaves no time to evaluate."""
+    step = run.progress.step
+    if run.eval_data is not None and evaluated != step and run.signal is None:
+        evaluate_now(run)
+    if saved != step:
+        save_now(run)
+    _fire(run, "on_run_end")
+
+
+def evaluate_now(run: Run) -> None:
+    """Evaluates, records the metrics and tells the hooks."""
+    run.evaluation_asked = False
+    settle(run)
+    if run.eval_data is None:
+        return
+    started = time.perf_counter()
+    run.folder.state("evaluating", step=run.progress.step)
+    metrics = evaluate(run)
+    run.paused_seconds += time.perf_counter() - started
+    run.folder.state("running", step=run.progress.step)
+    run.metrics = {"split": "eval", "step": run.progress.step, **metrics}
+    run.trackers.log(run.metrics)
+    run.schedule.evaluated(metrics)
+    _fire(run, "on_eval_end", metrics)
+
+
+def save_now(run: Run) -> None:
+    """Saves a checkpoint of this step and tells the hooks."""
+    run.saving_asked = False
+    settle(run)
+    if run.checkpointer is None:
+        return
+    started = time.perf_counter()
+    run.folder.state("saving", step=run.progress.step)
+    fresh = run.metrics.get("step") == run.progress.step
+    path = run.checkpointer.save(
+        run.progress.step,
+        {"config": dict(run.config), "samples": run.progress.samples},
+        metrics=run.metrics if fresh else None,
+    )
+    run.paused_seconds += time.perf_counter() - started
+    run.folder.state("running", step=run.progress.step)
+    _fire(run, "on_checkpoint_saved", path)
+
+
+def _save_due(run: Run, last: float) -> bool:
+    due = run.save_every
+    if due.steps is not None and run.progress.step % due.steps == 0:
+        return True
+    return due.seconds is not None and time.monotonic() - last >= due.seconds
+
+
+def _fire(run: Run, event: str, *about: Any) -> None:
+    for call in run.events[event]:
+        call(run, *about)

@@ -1,0 +1,120 @@
+"""The run: what assemble returns and every hook receives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from runner.checkpoint import Checkpointer
+from runner.data.loader import Loader
+from runner.engine.backend import Update
+from runner.engine.engine import Engine
+from runner.folder import RunFolder
+from runner.train.hook import Events
+from runner.train.progress import Plan, Progress
+from runner.train.schedules import Schedule
+from runner.train.task import Task
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers of the configuration that the loop itself needs."""
+
+    seed: int = 0
+    log_every: int = 10
+    grad_clip: float | None = None
+    nan: str = "stop"
+
+
+@dataclass
+class SaveEvery:
+    """When a checkpoint is due; the last one is always saved."""
+
+    steps: int | None = None
+    seconds: float | None = None
+
+
+@dataclass
+class Run:
+    """Everything of one run. Hooks read it; what they may ask for are the methods below."""
+
+    name: str
+    config: Mapping[str, Any]
+    folder: RunFolder
+    engine: Engine
+    task: Task
+    schedule: Schedule
+    train_data: Loader
+    eval_data: Loader | None
+    plan: Plan
+    progress: Progress
+    settings: Settings
+    hooks: Mapping[str, Any]
+    events: Events
+    trackers: Any
+    checkpointer: Checkpointer | None
+    save_every: SaveEvery = field(default_factory=SaveEvery)
+
+    #: Mean loss of the last finished step: 0-d, on the device. Reading it as a number waits for the device.
+    loss: Tensor | None = None
+    #: Global gradient norm of the last finished step before clipping (0-d), or None where it was not computed.
+    grad_norm: Tensor | None = None
+    #: Learning rate (of the first parameter group) of the last finished step.
+    lr: float = 0.0
+    #: The last update whose outcome the host has not looked at, and its step.
+    unsettled: Update | None = None
+    unsettled_step: int = 0
+    #: Whether the current step gets a training record.
+    logging: bool = False
+    #: Name -> function whose value joins every training record.
+    gauges: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    #: Contexts around every evaluation (EMA puts its weights in place).
+    evaluation_contexts: list[Callable[[], AbstractContextManager[Any]]] = field(default_factory=list)
+    #: The last training record and the last evaluation's record.
+    record: Record = field(default_factory=dict)
+    metrics: Record = field(default_factory=dict)
+    #: Tokens of the micro-batches since this process started, where the task counts them.
+    tokens: Any = 0
+    counts_tokens: bool = False
+    #: Seconds of evaluations and checkpoints since this process started.
+    paused_seconds: float = 0.0
+    #: What kind of terminal there is (TERM).
+    terminal: str | None = None
+
+    stop_reason: str | None = None
+    #: The signal that asked for the end, or None.
+    signal: int | None = None
+    evaluation_asked: bool = False
+    saving_asked: bool = False
+    #: The step (from 0) at which this process began.
+    first_step: int = 0
+    #: Seconds from the start of the program to the first step.
+    startup_seconds: float = 0.0
+    _to_log: Record = field(default_factory=dict)
+
+    def stop(self, why: str) -> None:
+        """Ends the training after this step, with an evaluation and a checkpoint."""
+        self.stop_reason = self.stop_reason or why
+
+    def evaluate_soon(self) -> None:
+        """Evaluates after this step."""
+        self.evaluation_asked = True
+
+    def save_soon(self) -> None:
+        """Saves a checkpoint after this step."""
+        self.saving_asked = True
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Adds values (numbers or 0-d tensors) to the next training record."""
+        self._to_log.update(values)
+
+    def take_logged(self) -> Record:
+        """The values that were logged since the last call."""
+        values, self._to_log = self._to_log, {}
+        return values

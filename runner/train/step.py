@@ -1,0 +1,87 @@
+"""One optimizer step: forward and backward of its micro-batches, exact for any split; the update; what if not finite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from runner.engine.backend import Update
+from runner.errors import TrainingStopped, wrong
+from runner.train.run import Run
+
+
+def forward_backward(run: Run, batches: list[Any]) -> Tensor:
+    """Adds up the gradients of a step's micro-batches and returns the step's mean loss (0-d, on the device).
+
+    The denominator is known before the first backward: the weights of all micro-batches of all data readers. Each
+    micro-batch's summed loss is divided by it, so any split gives the gradient of the whole.
+    """
+    engine, task = run.engine, run.task
+    weight = task.weight(batches[0]) if len(batches) == 1 else sum(task.weight(batch) for batch in batches)
+    factor = engine.factor(weight)
+    last = len(batches) - 1
+    total: Tensor | None = None
+    for i, batch in enumerate(batches):
+        if run.counts_tokens:
+            run.tokens += task.tokens(batch)
+        with engine.accumulate(i == last):
+            loss = task.loss(engine.forward(task.inputs(batch)), batch)
+            if run.loss is None:
+                check_loss(loss, task)
+            engine.backward(loss, factor)
+        total = loss.detach() if total is None else total + loss.detach()
+    assert total is not None
+    return total * (factor / engine.mesh.data_size)
+
+
+def update(run: Run, loss: Tensor) -> None:
+    """Steps the optimizer; `settle` says what became of it. Sets the run's loss, grad_norm and lr of this step."""
+    settle(run)
+    run.lr = run.engine.optimizer.param_groups[0]["lr"]
+    result = run.engine.step(run.settings.grad_clip, guard=run.settings.nan != "ignore", loss=loss)
+    run.loss, run.grad_norm = loss, result.grad_norm
+    run.unsettled, run.unsettled_step = result, run.progress.step + 1
+    if run.logging or not isinstance(result.skipped, Tensor):
+        settle(run)
+
+
+def settle(run: Run) -> None:
+    """Moves the schedule after the last update, or follows the policy where that was not finite.
+
+    At once where the host knows; else at the next update, log, evaluation or save, so that nobody waits for a device.
+    Raises TrainingStopped under the policy `stop`.
+    """
+    result, run.unsettled = run.unsettled, None
+    if result is None:
+        return
+    if not bool(result.skipped):
+        run.schedule.step()
+        return
+    if not result.overflow and run.settings.nan == "stop":
+        raise _stopped(run, result)
+    run.progress.skipped += 1
+    run.progress.overflows += result.overflow
+
+
+def _stopped(run: Run, result: Update) -> TrainingStopped:
+    """The error for a step that was not finite: its number, loss and gradient norm, and the last good checkpoint."""
+    assert run.loss is not None
+    norm = "unknown" if result.grad_norm is None else result.grad_norm.item()
+    saved = run.checkpointer.latest() if run.checkpointer else None
+    good = f"the last good checkpoint is {saved}" if saved else "no checkpoint was saved before"
+    return TrainingStopped(
+        f"step {run.unsettled_step}: not finite (loss {run.loss.item()}, gradient norm {norm}); the step changed no "
+        f"weight, and {good}. Lower optimizer.lr, set grad_clip, or leave such steps out with nan=skip."
+    )
+
+
+def check_loss(loss: Any, task: Any) -> None:
+    """Raises InputError where a task's loss is not what backward needs."""
+    name = type(task).__name__
+    if not isinstance(loss, Tensor):
+        raise wrong("task", f"{name}.loss returned a {type(loss).__name__}", "return one tensor: the sum of the losses")
+    if loss.dim() != 0:
+        raise wrong("task", f"{name}.loss has shape {tuple(loss.shape)}", 'return a 0-d sum (reduction="sum")')
+    if not loss.requires_grad:
+        raise wrong("task", f"{name}.loss is detached from the model", "compute it from the outputs without .item()")

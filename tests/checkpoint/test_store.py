@@ -1,0 +1,132 @@
+"""The folder of checkpoints: what is one, how it appears and goes."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from runner.checkpoint import store
+from runner.checkpoint.manifest import Manifest
+from runner.errors import InputError, RunnerError
+
+
+def make(folder: Path, step: int) -> Path:
+    with store.committed(folder, step) as staging:
+        Manifest(step).write(staging)
+    return store.path_of(folder, step)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_only_step_folders_in_the_order_of_numbers(tmp_path: Path) -> None:
+    for name in (
+        "step_10",
+        "step_00000009",
+        "step_100000000",
+        "step_x",
+        "step_",
+        "astep_1",
+        ".tmp-step_1-a",
+        "step_5.bak",
+    ):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step_7").write_text("a file")
+    assert [path.name for path in store.candidates(tmp_path)] == ["step_00000009", "step_10", "step_100000000"]
+    assert store.candidates(tmp_path / "nowhere") == []
+
+
+def test_latest_passes_over_what_is_not_complete(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert store.latest(tmp_path) is None
+    good = make(tmp_path, 9)
+    (tmp_path / "step_00000010").mkdir()
+    (tmp_path / ".tmp-step_00000011-abcd").mkdir()
+    assert store.latest(tmp_path) == good
+    assert "step_00000010 is not a complete checkpoint: it has no manifest.json" in caplog.text
+
+
+def test_none_complete_is_no_silent_fresh_start(tmp_path: Path) -> None:
+    (tmp_path / "step_00000010").mkdir()
+    with pytest.raises(RunnerError, match="none of the 1 checkpoints") as caught:
+        store.latest(tmp_path)
+    assert caught.value.exit_code == 1
+
+
+def test_a_failing_block_leaves_nothing(tmp_path: Path) -> None:
+    make(tmp_path, 1)
+    for error in (OSError("disk full"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), store.committed(tmp_path, 2) as staging:
+            Manifest(2).write(staging)
+            assert names(tmp_path) == {"step_00000001", staging.name} and staging.name.startswith(".tmp-step_00000002-")
+            raise error
+        assert names(tmp_path) == {"step_00000001"}
+
+
+def test_the_same_step_again_replaces(tmp_path: Path) -> None:
+    make(tmp_path, 1)
+    with store.committed(tmp_path, 1) as staging:
+        Manifest(1, {"loss": 2.0}).write(staging)
+    assert names(tmp_path) == {"step_00000001"}
+    assert Manifest.read(tmp_path / "step_00000001").metrics == {"loss": 2.0}
+
+
+def test_sweep_takes_leftovers_and_brings_back_what_was_being_replaced(tmp_path: Path) -> None:
+    store.sweep(tmp_path / "nowhere")
+    for name in (".tmp-step_00000003-ab", ".trash-step_00000001-cd"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+    make(tmp_path, 2).rename(tmp_path / ".old-step_00000002")
+    make(tmp_path, 4)
+    (tmp_path / ".old-step_00000004").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    store.sweep(tmp_path)
+    assert names(tmp_path) == {"step_00000002", "step_00000004", "notes.txt"}
+    assert store.latest(tmp_path) == tmp_path / "step_00000004"
+
+
+def test_find_takes_a_checkpoint_a_run_or_its_folder_of_checkpoints(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    first, second = make(folder, 9), make(folder, 10)
+    assert store.find(first) == first
+    assert store.find(folder) == second == store.find(tmp_path / "run")
+    renamed = second.rename(tmp_path / "the good one")
+    assert store.find(renamed) == renamed
+
+
+@pytest.mark.parametrize(
+    "kind", ["nowhere", "file", "empty", "run without any", "step folder", "damaged", "all damaged"]
+)
+def test_find_says_what_is_wrong(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / kind
+    if kind == "file":
+        path.write_text("")
+    elif kind == "run without any":
+        (path / "checkpoints").mkdir(parents=True)
+    elif kind == "step folder":
+        path = tmp_path / "step_00000001"
+        path.mkdir()
+    elif kind == "damaged":
+        path = make(tmp_path, 1)
+        (path / "manifest.json").write_text("{")
+    elif kind == "all damaged":
+        (path / "checkpoints" / "step_3").mkdir(parents=True)
+    elif kind == "empty":
+        path.mkdir()
+    with pytest.raises(InputError) as caught:
+        store.find(path)
+    (problem,) = caught.value.problems
+    assert problem.key == "resume" and problem.value == str(path) and str(path) in problem.why and problem.fix
+
+
+def test_retention_of_random_listings() -> None:
+    rng = random.Random(0)
+    for _ in range(2000):
+        steps = sorted(rng.sample(range(60), rng.randrange(12)))
+        paths = [store.path_of(Path("c"), step) for step in steps]
+        protected = set(rng.sample(paths, rng.randrange(len(paths) + 1)))
+        keep = rng.randrange(2, 6)
+        gone = store.expired(paths, keep, protected)
+        left = [path for path in paths if path not in gone]
+        assert left[-keep:] == paths[-keep:] and protected <= set(left)
+        assert len(left) <= keep + len(protected)
