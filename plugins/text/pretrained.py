@@ -1,4 +1,4 @@
-"""What `model.pretrained` names: a folder, the packaged default, or a model of the hub; for model and tokenizer alike."""
+"""What `model.pretrained` names, for model and tokenizer alike: a folder, the packaged default, or a hub's model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ _TOKENIZER_ENDINGS = {".json", ".txt", ".model", ".tiktoken", ".bpe", ".jinja"}
 
 def check(pretrained: str) -> None:
     """Refuses at once, without fetching anything, what can be no model's name."""
-    if not Path(pretrained).expanduser().is_dir() and not _HUB_NAME.fullmatch(pretrained):
+    is_folder = pretrained != "" and Path(pretrained).expanduser().is_dir()  # "" would be the current folder
+    if not is_folder and not _HUB_NAME.fullmatch(pretrained):
         raise _unknown(pretrained, "no such folder")
 
 

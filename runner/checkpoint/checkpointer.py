@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,8 +17,6 @@ from runner.checkpoint.manifest import Damaged, Entry, Manifest
 from runner.checkpoint.tensor_file import type_name
 from runner.checkpoint.tree import join, split, tensors_of
 from runner.errors import InputError, Problem, wrong
-
-log = logging.getLogger(__name__)
 
 STATE = "state.json"
 
@@ -170,10 +168,8 @@ class Checkpointer:
         paths = store.candidates(self._folder)
         for path in paths:
             if path not in self._metrics:
-                try:
+                with suppress(Damaged, InputError):
                     self._metrics[path] = Manifest.read(path).metrics
-                except (Damaged, InputError) as error:
-                    log.warning("%s", error)
         return [path for path in paths if path in self._metrics]
 
     def _best_path(self, paths: list[Path]) -> Path | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,11 @@ class ModelState:
 
     def state_dict(self) -> dict[str, Any]:
         """The tensors themselves, not copies."""
-        first = _first_names(_tensors(self._model))
+        own = _tensors(self._model)
+        first = _first_names(own)
         return {
             _plain(name): value.detach() if isinstance(value, Tensor) else value
-            for name, value in _tensors(self._model).items()
+            for name, value in own.items()
             if first.get(id(value), name) == name
         }
 
@@ -83,11 +84,14 @@ class OptimizerState:
         Raises InputError where the optimizer is of another type or has other parameters.
         """
         self._check(saved)
-        parameters = {name: p for p, name in self._names().items()}
+        names = self._names()
         state = {}
-        for name, entry in saved["state"].items():
-            p, dtype = parameters[name], saved["dtypes"][name]
-            state[name] = {key: self._targets(p, dtype, key, value) for key, value in entry.items()}
+        for group in self._optimizer.param_groups:
+            counts_on_device = bool(group.get("fused") or group.get("capturable"))
+            for p in group["params"]:
+                if (name := names[p]) in saved["state"]:
+                    place = _Place(p, saved["dtypes"][name], p.device if counts_on_device else torch.device("cpu"))
+                    state[name] = _targets(saved["state"][name], self._optimizer.state.get(p), place)
         return {**saved, "state": state}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -101,11 +105,11 @@ class OptimizerState:
         ]
         state = {index[name]: dict(entry) for name, entry in saved["state"].items()}
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
-        # torch converts state to the type of its parameter, also where an optimizer wants it in another.
+        # torch turns tensors into the type of their parameter, also where an optimizer wants another, and spoils words.
         for p, name in names.items():
             for key, value in saved["state"].get(name, {}).items():
-                if isinstance(value, Tensor) and self._optimizer.state[p][key].dtype != value.dtype:
-                    self._optimizer.state[p][key] = value.to(p.device)
+                if not isinstance(value, Tensor) or self._optimizer.state[p][key].dtype != value.dtype:
+                    self._optimizer.state[p][key] = value
 
     @property
     def _type(self) -> str:
@@ -133,27 +137,6 @@ class OptimizerState:
         names = [name for group in saved["groups"] for name in group["params"]]
         _compare("the optimizer", self._names().values(), names)
 
-    def _targets(self, p: Tensor, saved_type: str, key: str, value: Any) -> Any:
-        """`value` with a tensor of the optimizer's own in the place of each of its tensors."""
-        if isinstance(value, Mapping):
-            return {inner: self._targets(p, saved_type, inner, item) for inner, item in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(self._targets(p, saved_type, "", item) for item in value)
-        if not isinstance(value, Tensor):
-            return value
-        step = key == "step"
-        dtype = p.dtype if not step and _dtype_name(value.dtype) == saved_type else value.dtype
-        held = self._optimizer.state.get(p, {}).get(key)
-        if isinstance(held, Tensor) and held.shape == value.shape and held.dtype == dtype:
-            return held
-        if not step and value.shape == p.shape:
-            return torch.empty_like(p, dtype=dtype, requires_grad=False)
-        return torch.empty(value.shape, dtype=dtype, device="cpu" if step and not self._step_on_device(p) else p.device)
-
-    def _step_on_device(self, p: Tensor) -> bool:
-        group = next(group for group in self._optimizer.param_groups if any(p is q for q in group["params"]))
-        return bool(group.get("fused") or group.get("capturable"))
-
     def _merged(self, saved: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Each group's values to go on with."""
         place = {name: number for number, group in enumerate(saved["groups"]) for name in group["params"]}
@@ -167,6 +150,33 @@ class OptimizerState:
                 live = _merge(live, now, saved["configured"][number], values)
             merged.append(live)
         return merged
+
+
+class _Place(NamedTuple):
+    """Where a parameter's state belongs: beside the parameter, in its type if it was in that (`was`) when saved."""
+
+    parameter: Tensor
+    was: str
+    step_device: torch.device
+
+
+def _targets(saved: Any, held: Any, place: _Place, key: str = "") -> Any:
+    """`saved` with a tensor to be filled in the place of each of its tensors: the `held` one where it suits."""
+    if isinstance(saved, Mapping):
+        inside = held if isinstance(held, Mapping) else {}
+        return {name: _targets(value, inside.get(name), place, name) for name, value in saved.items()}
+    if isinstance(saved, list | tuple):
+        return type(saved)(_targets(value, None, place) for value in saved)
+    if not isinstance(saved, Tensor):
+        return saved
+    p, step = place.parameter, key == "step"
+    dtype = p.dtype if not step and _dtype_name(saved.dtype) == place.was else saved.dtype
+    device = place.step_device if step else p.device
+    if isinstance(held, Tensor) and (held.shape, held.dtype, held.device) == (saved.shape, dtype, device):
+        return held
+    if not step and saved.shape == p.shape:
+        return torch.empty_like(p, dtype=dtype, requires_grad=False)
+    return torch.empty(saved.shape, dtype=dtype, device=device)
 
 
 def _merge(

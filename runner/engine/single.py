@@ -42,8 +42,8 @@ class Single(Backend):
         return self._nothing
 
     def backward(self, loss: Tensor, factor: Tensor) -> None:
-        # Handing the factor to backward spares a multiplication in the graph, forward and backward.
-        loss.backward(self.scaler.scale(factor))
+        # Not loss.backward(factor): torch then imports its symbolic shapes, half a second before the first step.
+        (loss * self.scaler.scale(factor)).backward()
 
     def unscale(self) -> None:
         if not self._unscaled:

@@ -26,6 +26,7 @@ from runner.errors import Mark, Problem
 from runner.recipe.document import Keys
 from runner.recipe.interpolation import resolve
 from runner.recipe.overrides import COMMAND_LINE, Assignment, parse
+from runner.recipe.problems import nearest, show
 from runner.recipe.schema import complete
 from runner.recipe.sources import RECIPE, ROOT, Choice, Repository, near, search, unknown_recipe
 from runner.recipe.tree import Tree, dotted
@@ -33,6 +34,9 @@ from runner.recipe.validate import known_keys, may_be_removed, validate
 
 #: Groups whose entries are independent of each other, so that choosing an option removes none of them.
 _COLLECTIONS = ("hooks", "trackers")
+
+
+__all__ = ["Composition", "compose", "dump", "nearest"]
 
 
 @dataclass
@@ -62,15 +66,6 @@ class Composition:
             self.config, self.origins, options=self.options, directory=self.directory, partial=partial, skip=broken
         )
         return [*self.problems, *(p.at(nearest(self.origins, p.key)) for p in found)]
-
-
-def nearest(origins: Mapping[str, Mark], key: str | None) -> Mark | None:
-    """The mark of a key, or of the nearest key above it that has one."""
-    while key:
-        if key in origins:
-            return origins[key]
-        key = key.rpartition(".")[0]
-    return origins.get("")
 
 
 def compose(
@@ -214,10 +209,11 @@ class _Composer:
         builds = isinstance(content, dict) and "_target_" in content
         if later[0].value == own.value and not builds:
             return False
-        if content is not None and later[0].mark == COMMAND_LINE and later[0].value is not None:
+        exists = all(self.repository.files(f"{group}/{option}") for option in later[0].options)
+        if content is not None and later[0].mark == COMMAND_LINE and later[0].value is not None and exists:
             name = recipe.removeprefix(f"{RECIPE}/")
             self.result.notes.append(
-                f"{group}={_plain(later[0].value)} replaces what the recipe {name} says about {group}"
+                f"{group}={show(later[0].value)} replaces what the recipe {name} says about {group}"
             )
         return True
 
@@ -242,7 +238,7 @@ class _Composer:
         in_the_way = self.tree.put(self._typed(given.keys), given.value, COMMAND_LINE)
         if in_the_way is not None:
             value = self.tree.get(in_the_way)
-            what = f"a list of {len(value)}" if isinstance(value, list) else _plain(value)
+            what = f"a list of {len(value)}" if isinstance(value, list) else show(value)
             why = f"{dotted(in_the_way)} is {what} and has no keys of its own"
             fix = f"positions count from 0 to {len(value) - 1}" if isinstance(value, list) else "set it as a whole"
             self.problems.append(Problem(given.key, why, fix, given.value, COMMAND_LINE))
@@ -268,7 +264,7 @@ class _Composer:
             fix = near(str(keys[-1]), names) or "leave it out"
             self.problems.append(Problem(given.key, "there is nothing to remove", fix.strip(), mark=COMMAND_LINE))
         elif given.has_value and value != given.value:
-            why = f"{given.key} is {_plain(value)}, not {_plain(given.value)}, so it is not removed"
+            why = f"{given.key} is {show(value)}, not {show(given.value)}, so it is not removed"
             self.problems.append(Problem(given.key, why, f"write `~{given.key}`", mark=COMMAND_LINE))
         elif known_keys(keys) and not may_be_removed(keys):
             why, fix = "it is required and cannot be removed", f"give it another value: {given.key}=…"
@@ -283,7 +279,7 @@ class _Composer:
     def _finish(self, overrides: Sequence[str]) -> Composition:
         result, repository = self.result, self.repository
         result.unresolved = complete(copy.deepcopy(self.tree.data))
-        result.config, problems, result.failed = resolve(result.unresolved)
+        result.config, problems, result.failed = resolve(result.unresolved, {p.key for p in self.problems})
         result.origins = {dotted(keys): mark for keys, mark in self.tree.marks.items()}
         recipe = repository.documents.get(f"{RECIPE}/{result.recipe}")
         if recipe is not None:
@@ -321,14 +317,6 @@ def _unique(problems: Any) -> list[Problem]:
     return found
 
 
-def _plain(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return f"[{','.join(value)}]" if isinstance(value, list) and all(isinstance(v, str) for v in value) else str(value)
-
-
 def dump(config: Mapping[str, Any]) -> str:
     """A configuration as YAML, as `--cfg job` shows it; reading it gives the same values."""
-    return str(
-        yaml.dump(dict(config), Dumper=get_omega_conf_dumper(), sort_keys=False, allow_unicode=True, width=100)
-    )
+    return str(yaml.dump(dict(config), Dumper=get_omega_conf_dumper(), sort_keys=False, allow_unicode=True, width=100))

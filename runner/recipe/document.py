@@ -166,7 +166,9 @@ def _parse(text: str, document: Document, may_be_empty: bool) -> None:
         raise _Stop("the file is empty", "write what it is to configure, or remove it")
     if not isinstance(node, MappingNode):
         kind = "a list" if isinstance(node, SequenceNode) else "a single value"
-        raise _Stop(f"the file is {kind}, not keys with values", "write lines of the form `key: value`", node.start_mark)
+        raise _Stop(
+            f"the file is {kind}, not keys with values", "write lines of the form `key: value`", node.start_mark
+        )
     document.data = _Plain(loader, document).mapping(node, ())
     defaults = document.data.pop("defaults", None)
     if defaults is not None and not isinstance(defaults, list):
@@ -236,7 +238,7 @@ class _Plain:
             if key_node.tag == _MERGE:
                 continue
             key = self._key(key_node, keys)
-            if key in own:
+            if key is not None and key in own:
                 first = self.document.marks[(*keys, key)]
                 why = f"the key stands twice in one section, first in line {first.line}"
                 self._problem(keys, key, why, "remove one of the two", key_node)
@@ -296,4 +298,4 @@ class _Plain:
     def _problem(self, keys: Keys, key: str | int | None, why: str, fix: str, node: Node, *value: Any) -> None:
         dotted = ".".join(str(k) for k in (*keys, key) if k is not None)
         mark = Mark(self.document.file, node.start_mark.line + 1, node.start_mark.column + 1)
-        self.document.problems.append(Problem(dotted or None, why, fix, *value, mark=mark))
+        self.document.problems.append(Problem(dotted or None, why, fix, *value).at(mark))

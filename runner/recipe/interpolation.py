@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Collection
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -22,12 +23,17 @@ _REFERENCE = re.compile(r"\$\{\s*(\.*)([\w.\[\]/@-]*)\s*\}")
 _MISSING = "???"
 
 
-def resolve(data: dict[str, Any]) -> tuple[dict[str, Any], list[Problem], set[str]]:
-    """A copy with all interpolations resolved, what was wrong, and the keys that are null because of it."""
+def resolve(
+    data: dict[str, Any], broken: Collection[str | None] = ()
+) -> tuple[dict[str, Any], list[Problem], set[str]]:
+    """A copy with all interpolations resolved, what was wrong, and the keys that are null because of it.
+
+    What refers to something below a key in `broken` is not complained about again.
+    """
     data = copy.deepcopy(data)
     if not any(isinstance(v, str) and ("${" in v or v == _MISSING) for _, v in leaves(data)):
         return data, [], set()
-    resolver = _Resolver(data)
+    resolver = _Resolver(data, broken)
     return resolver.run(), resolver.problems, {dotted(keys) for keys in resolver.failed}
 
 
@@ -40,8 +46,9 @@ class _Failed(Exception):
 
 
 class _Resolver:
-    def __init__(self, data: dict[str, Any]) -> None:
+    def __init__(self, data: dict[str, Any], broken: Collection[str | None]) -> None:
         self.data = data
+        self.broken = broken
         self.problems: list[Problem] = []
         self.failed: set[Keys] = set()
         self.waiting = {keys: value for keys, value in leaves(data) if isinstance(value, str) and "${" in value}
@@ -74,10 +81,12 @@ class _Resolver:
             for target in self._targets(keys, text):
                 if keys[: len(target)] == target or target in through:
                     circle = [*through[through.index(target) :], keys] if target in through else [keys]
-                    raise _Failed(f"refers to itself: {' -> '.join(map(dotted, [*circle, target]))}", "break the circle")
+                    raise _Failed(
+                        f"refers to itself: {' -> '.join(map(dotted, [*circle, target]))}", "break the circle"
+                    )
                 for leaf in [k for k in self.waiting if k[: len(target)] == target]:
                     self._settle(leaf, (*through, keys))
-                if any(keys_below[: len(target)] == target for keys_below in self.failed):
+                if str(target[0]) in self.broken or any(failed[: len(target)] == target for failed in self.failed):
                     raise _Failed("")  # what it refers to has been complained about
             self._finish(keys, self._value(keys))
         except _Failed as failed:
@@ -89,7 +98,8 @@ class _Resolver:
         for dots, path in _REFERENCE.findall(text):
             names = [n for n in re.split(r"[.\[\]]+", path) if n]
             start: Keys = keys[: max(len(keys) - len(dots), 0)] if dots else ()
-            found.append(self._typed((*start, *names)))
+            if names:
+                found.append(self._typed((*start, *names)))
         return found
 
     def _typed(self, keys: Keys) -> Keys:

@@ -26,7 +26,7 @@ MAX_JOBS = 10_000
 _SWITCHES = {
     "--help": "help", "-h": "help", "--hydra-help": "hydra_help", "--version": "version",
     "--resolve": "resolve", "--multirun": "multirun", "-m": "multirun", "--json": "json",
-    "--run": "run", "-r": "run", "--shell-completion": "shell_completion", "-sc": "shell_completion",
+    "--run": "run", "-r": "run",
 }  # fmt: skip
 _WITH_VALUE = {
     "--cfg": "cfg", "-c": "cfg", "--config-dir": "config_dirs", "-cd": "config_dirs",
@@ -36,6 +36,7 @@ _CHOICES = {"cfg": ("job", "hydra", "all"), "info": ("all", "config", "defaults"
 _NOT_USED = {
     "--config-name": "the root configuration is always runner.yaml", "-cn": "the root configuration is runner.yaml",
     "--config-path": "use --config-dir FOLDER", "-cp": "use --config-dir FOLDER",
+    "--shell-completion": "completion is not there yet", "-sc": "completion is not there yet",
     "--experimental-rerun": "repeat the command with run_dir=…",
 }  # fmt: skip
 
@@ -136,7 +137,9 @@ def _not_an_override(word: str) -> Problem:
     plain = word.lstrip("+").removeprefix("recipe/").removesuffix(".yaml")
     if plain in names:
         return _problem(word, "not an override: it has no `=`", f"write `+recipe={plain}`")
-    return _problem(word, "not an override: it has no `=`", "overrides are written `key=value`, `--help` lists the keys")
+    return _problem(
+        word, "not an override: it has no `=`", "overrides are written `key=value`, `--help` lists the keys"
+    )
 
 
 def _one_form(word: str) -> str:
@@ -160,7 +163,8 @@ class Assignment:
 
 def parse(overrides: Sequence[str]) -> tuple[list[Assignment], list[Problem]]:
     """The overrides of one run, parsed; those that cannot be are problems."""
-    assignments, problems = [], []
+    assignments: list[Assignment] = []
+    problems: list[Problem] = []
     for text in overrides:
         override = _grammar(text, problems)
         if override is None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import Mark, Problem
+from runner.recipe.schema import Config, keys_of
 
 _WIDTH = 80
 _LONGEST_VALUE = 200
@@ -20,20 +21,21 @@ _PLAIN = re.compile(r"[^\W\d][\w./ ${}:@+=~-]*|[\w./~-]+")
 
 def render(problems: Sequence[Problem], origins: Mapping[str, Mark] | None = None, *, directory: Path) -> str:
     """All problems, one paragraph each, in the order of their places. Paths below `directory` are shown from there."""
-    placed = [problem.at(_nearest(origins or {}, problem.key)) for problem in problems]
+    placed = [problem.at(nearest(origins or {}, problem.key)) for problem in problems]
     placed.sort(key=lambda problem: _order(problem.mark))
     count = f"{len(placed)} problems" if len(placed) != 1 else "1 problem"
     paragraphs = [_paragraph(problem, directory) for problem in placed]
     return "\n\n".join([f"{count} in the configuration", *paragraphs])
 
 
-def _nearest(origins: Mapping[str, Mark], key: str | None) -> Mark | None:
+def nearest(origins: Mapping[str, Mark], key: str | None) -> Mark | None:
     """The mark of a key, or of the nearest key above it; a recipe as a whole stands under the empty key."""
-    while key:
-        if key in origins:
-            return origins[key]
-        key = key.rpartition(".")[0]
-    return origins.get("")
+    above = key or ""
+    while above:
+        if above in origins:
+            return origins[above]
+        above = above.rpartition(".")[0]
+    return origins.get("") if key and key.partition(".")[0] in keys_of(Config) else None
 
 
 def _order(mark: Mark | None) -> tuple[int, str, int, int]:

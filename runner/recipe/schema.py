@@ -1,5 +1,6 @@
 """Every configuration key with its type, default and one-line description."""
 
+# ruff: noqa: RUF009 (the calls below make dataclass fields)
 from __future__ import annotations
 
 import functools
@@ -49,7 +50,9 @@ class Accumulation:
 
 @dataclass
 class Eval:
-    every: Literal["epoch", "never"] | int = key("epoch", "epoch, a number of steps, or never; also at the end", least=1)
+    every: Literal["epoch", "never"] | int = key(
+        "epoch", "epoch, a number of steps, or never; also at the end", least=1
+    )
     micro_size: int | None = key(None, "samples per forward pass of an evaluation; default: as in training", least=1)
 
 
@@ -182,7 +185,7 @@ class Key:
     @property
     def section(self) -> type | None:
         """The dataclass of a key that is a section."""
-        return next((kind for kind in self.kinds if is_dataclass(kind)), None)
+        return next((kind for kind in self.kinds if isinstance(kind, type) and is_dataclass(kind)), None)
 
     @property
     def words(self) -> tuple[Any, ...]:
@@ -217,7 +220,7 @@ def complete(values: dict[str, Any], section: type = Config) -> dict[str, Any]:
     """The values of a section with the defaults of keys that are missing, in the schema's order; others at the end."""
     full: dict[str, Any] = {}
     for key in keys_of(section).values():
-        value = values[key.name] if key.name in values else key.default
+        value = values.get(key.name, key.default)
         if key.section is not None and isinstance(value, dict):
             value = complete(value, key.section)
         elif key.kinds == (Specs,) and value is None:

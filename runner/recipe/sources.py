@@ -227,7 +227,7 @@ class Repository(ConfigRepository):
             return Problem(group, f"no {group} is named", fix, name, mark)
         if "." in name and "/" not in name:
             fix = f"to build {name} itself, write `{group}: {{_target_: {name}}}`; {fix}"
-        return Problem(group.replace("/", "."), f"there is no {group} called {name}", fix, name, mark)
+        return Problem(group.replace("/", "."), f"{group} has no option {name}", fix, name, mark)
 
     def _note_shadowed(self, config_path: str, files: list[tuple[Folder, Path]]) -> None:
         if len(files) < 2:
@@ -236,8 +236,11 @@ class Repository(ConfigRepository):
         (folder, path), (other, _) = files[0], files[1]
         what = f"{group} {name}" if group else "the root configuration"
         shown = f"{folder.provider}/{path.relative_to(folder.path)}" if folder.provider[0] == "." else str(path)
-        self.notes.append(f"{what} is {shown}, which replaces the one of {other.provider}".replace(
-            "the one of built-in", "the built-in one"))
+        self.notes.append(
+            f"{what} is {shown}, which replaces the one of {other.provider}".replace(
+                "the one of built-in", "the built-in one"
+            )
+        )
 
     def _refuse_hydra(self, document: Document) -> None:
         if "hydra" in document.data:
@@ -263,40 +266,52 @@ class Repository(ConfigRepository):
 
     def _defaults(self, config_path: str, document: Document, chosen: dict[str, Choice]) -> list[InputDefault]:
         """Hydra's form of the defaults list, with choices for the root's groups as overrides at its end."""
-        plain: list[InputDefault] = []
-        is_root = config_path == ROOT
+        own: list[InputDefault] = []
         for position, item in enumerate(document.defaults):
             mark = document.mark("defaults", position)
             entry = self._entry(item, mark, config_path)
-            if entry is None or (isinstance(entry, GroupDefault) and self._is_hydra(entry, mark)):
+            if not isinstance(entry, GroupDefault):
+                own += [] if entry is None else [entry]
+            elif self._is_hydra(entry, mark):
                 continue
-            name = (entry.group or "").lstrip("/") if isinstance(entry, GroupDefault) else ""
-            if is_root and name and entry.package is None:
-                if name in chosen:
-                    entry = replace(entry, value=chosen.pop(name).value)
-                self.root_groups[name] = Choice(entry.value, mark)
-                plain.append(entry)
-            elif name in self.root_groups and entry.package is None and config_path.startswith(f"{RECIPE}/"):
-                choice = Choice(entry.value, mark)
-                if name in chosen and chosen[name].value is not None:
-                    why = f"{name} is chosen twice, first in line {chosen[name].mark.line}"
-                    self.problems.append(Problem(name, why, "remove one of the two", choice.value, mark))
-                chosen.setdefault(name, choice)
+            elif config_path == ROOT:
+                own.append(self._root_entry(entry, mark, chosen))
+            elif self._is_root_group(entry) and config_path.startswith(f"{RECIPE}/"):
+                self._choose(entry, mark, chosen, document)
             else:
-                plain.append(entry)
-        overrides: list[InputDefault] = []
+                own.append(entry)
+        self.choices[config_path] = chosen
         for name, choice in chosen.items():
             self._ask(name, choice)
-            known = name in self.root_groups and not is_root
-            entry = GroupDefault(group=f"/{name}", value=choice.value, override=known)
-            (overrides if known else plain).append(entry)
-        self.choices[config_path] = chosen
-        return [*(p for p in plain if not p.is_override()), *(p for p in plain if p.is_override()), *overrides]
+            override = name in self.root_groups and config_path != ROOT
+            own.append(GroupDefault(group=f"/{name}", value=choice.value, override=override))
+        return sorted(own, key=lambda entry: entry.is_override())  # Hydra wants overrides last
+
+    def _root_entry(self, entry: GroupDefault, mark: Mark, chosen: dict[str, Choice]) -> GroupDefault:
+        """A group of the root; its value may stand below the list, in the beginner's form."""
+        name = (entry.group or "").lstrip("/")
+        choice = chosen.pop(name, Choice(entry.value, mark))
+        self.root_groups[name] = choice
+        return replace(entry, value=choice.value)
+
+    def _is_root_group(self, entry: GroupDefault) -> bool:
+        return (entry.group or "").lstrip("/") in self.root_groups and entry.package is None
+
+    def _choose(self, entry: GroupDefault, mark: Mark, chosen: dict[str, Choice], document: Document) -> None:
+        """`- model: mlp` in a recipe's defaults list means what `model: mlp` below it means."""
+        name = (entry.group or "").lstrip("/")
+        if name in chosen:
+            why = f"{name} is chosen twice, also in line {chosen[name].mark.line}"
+            self.problems.append(Problem(name, why, "remove one of the two", entry.value, mark))
+        chosen.setdefault(name, Choice(entry.value, mark))
+        if entry.value is None and name not in document.data:
+            document.data[name] = None
+            document.marks[name,] = mark
 
     def _entry(self, item: Any, mark: Mark, config_path: str) -> InputDefault | None:
         """One line of a defaults list."""
         here = config_path.rpartition("/")[0]
-        if isinstance(item, str) and item:
+        if isinstance(item, str) and item.partition("@")[0].strip():
             path, _, package = item.partition("@")
             words = path.split()
             path = words[-1]

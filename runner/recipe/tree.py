@@ -26,7 +26,7 @@ class Tree:
 
     def merge(self, new: dict[str, Any], mark: Callable[[Keys], Mark], at: Keys = ()) -> None:
         """Merges a layer's mapping below `at`; `mark` says where a key of it (counted from `at`) stands."""
-        target = self.data
+        target: dict[Any, Any] = self.data
         for depth, key in enumerate(at):
             below = target.get(key)
             if not isinstance(below, dict):

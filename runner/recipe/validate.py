@@ -141,6 +141,9 @@ class _Checker:
         if "." in str(name):
             first, _, rest = str(name).partition(".")
             return f"write it nested: `{first}:`, and below it, indented, `{rest}: {plain(value)}`"
+        inside = [f"{key}.{name}" for key, spec in self.config.items() if isinstance(spec, dict) and name in spec]
+        if not at and inside:
+            return f"did you mean {inside[0]}?"
         if full or elsewhere:
             return f"did you mean {(full or elsewhere)[0]}?"
         if at == ("data",):
@@ -179,7 +182,7 @@ class _Checker:
         section = key.section
         assert section is not None
         names = ", ".join(keys_of(section))
-        group = self.options.get(keys[0]) if len(keys) == 1 else None
+        group = self.options.get(str(keys[0])) if len(keys) == 1 else None
         if group:
             fix = f"name an option ({', '.join(group)}), or write keys below it: {names}"
         elif key.name == "every":
@@ -196,13 +199,13 @@ class _Checker:
 
     def specs(self, value: Any, keys: Keys) -> None:
         if not isinstance(value, dict):
-            group = self.options.get(keys[0], [])
+            group = self.options.get(str(keys[0]), [])
             fix = f"options: {', '.join(group)}; several: {dotted(keys)}=[a,b]" if group else ""
             self.add(keys, f"must be a mapping: name -> what to build, not {plain(value)}", fix, value)
             return
         for name, entry in value.items():
             if entry is not None:
-                self.spec(entry, (*keys, name), keys[0])
+                self.spec(entry, (*keys, name), str(keys[0]))
 
     def spec(self, value: Any, keys: Keys, group: str) -> None:
         options = self.options.get(group, [])
@@ -294,9 +297,9 @@ class _Checker:
             if value is None and not any(p.key == name for p in self.problems):
                 self.add(name, f"is missing: {what}", self._choose(section))
         data = self.config.get("data")
-        if "data" not in self.skip and isinstance(data, dict) and data.get("_target_", data.get("train")) is None:
-            if not any(p.key and p.key.startswith("data") for p in self.problems):
-                self.add("data.train", "is missing: what is trained on", self._choose("data"))
+        told = "data" in self.skip or any(p.key and p.key.startswith("data") for p in self.problems)
+        if not told and isinstance(data, dict) and data.get("_target_", data.get("train")) is None:
+            self.add("data.train", "is missing: what is trained on", self._choose("data"))
 
     def _choose(self, group: str) -> str:
         options = self.options.get(group)
@@ -342,20 +345,18 @@ class _Checker:
         size, micro, steps = batch.get("global_size"), batch.get("micro_size"), accumulation.get("steps")
         if any(v is not None and (type(v) is not int or v < 1) for v in (size, micro, steps)) or size is None:
             return
-        if micro is None and steps is None:
-            steps = 1
         if micro is not None and steps is not None:
             if micro * steps != size:
                 self._contradiction(size, micro, steps)
             return
-        key, given = ("batch.micro_size", micro) if micro is not None else ("accumulation.steps", steps)
+        key, given = ("batch.micro_size", micro) if micro is not None else ("accumulation.steps", steps or 1)
         if size % given:
             equation = f"{size} = {micro or '?'} x {steps or '?'} x 1"
             values = " or ".join(f"{key}={value}" for value in _divisors_near(size, given))
             self.add(key, f"global_size = micro_size x accumulation.steps x processes: {equation} has no whole "
                      f"solution", f"these would work: {values}", given)  # fmt: skip
             return
-        batch["micro_size"], accumulation["steps"] = micro or size // steps, steps or size // micro
+        batch["micro_size"], accumulation["steps"] = micro or size // given, size // (micro or size // given)
 
     def _contradiction(self, size: int, micro: int, steps: int) -> None:
         works = []
@@ -417,9 +418,7 @@ def matches(value: Any, key: Key) -> bool:
 
 def within(value: float, limits: Mapping[str, float]) -> bool:
     least, most, above = limits.get("least"), limits.get("most"), limits.get("above")
-    return (
-        (least is None or value >= least) and (most is None or value <= most) and (above is None or value > above)
-    )
+    return (least is None or value >= least) and (most is None or value <= most) and (above is None or value > above)
 
 
 def describe(key: Key) -> str:
@@ -448,7 +447,7 @@ def limits_of(key: Key) -> str:
     found = [f"{words[name]} {_limit(limit)}" for name, limit in key.limits.items()]
     if "least" in key.limits and "most" in key.limits:
         return f" from {_limit(key.limits['least'])} to {_limit(key.limits['most'])}"
-    return f" {' and '.join(found)}" if found else ""
+    return f", {' and '.join(found)}" if found else ""
 
 
 def _limit(value: float) -> str:
@@ -461,6 +460,8 @@ def advice(value: Any, key: Key, keys: Keys) -> str:
         word = "never" if value is False and ("never" in key.words or keys == ("resume",)) else None
         unquoted = "no, off and false" if value is False else "yes, on and true"
         return f"YAML reads {unquoted} as {plain(value)}: " + (f"write {word}" if word else "put the word in quotes")
+    if isinstance(value, str) and value.lower() in ("no", "off", "none") and "never" in key.words:
+        return "did you mean never?"
     if isinstance(value, str) and key.words:
         close = difflib.get_close_matches(value.lower(), [str(w) for w in key.words], n=1)
         return f"did you mean {close[0]}?" if close else ""

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
 from runner.checkpoint import Checkpointer
 from runner.engine.model_state import ModelState, OptimizerState
 from runner.errors import InputError, RunnerError
-from torch import nn
 
 
 class Box:
@@ -70,7 +71,8 @@ def test_a_nested_state_comes_back(tmp_path: Path) -> None:
     extra = loader.load(path)
     assert equal(extra, {"config": {"lr": 1e-3}, "nan": math.nan})
     assert equal(boxes["box"].state, NESTED)
-    assert equal(boxes["none"].state, {}) and equal(boxes["list"].state, [torch.ones(2), 1])
+    assert equal(boxes["none"].state, {})
+    assert equal(boxes["list"].state, [torch.ones(2), 1])
 
 
 def test_what_was_loaded_shares_no_memory_with_the_file(tmp_path: Path) -> None:
@@ -96,7 +98,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
     with pytest.raises(OSError, match="No space left") as caught:
         saver.save(2)
     assert caught.value.errno == errno.ENOSPC
-    assert saver.latest() == first and names(tmp_path) == ["step_00000001"]
+    assert saver.latest() == first
+    assert names(tmp_path) == ["step_00000001"]
 
 
 @pytest.mark.parametrize("bad", [b"raw", object(), {1}, torch.ones(1, dtype=torch.complex128)])
@@ -104,7 +107,8 @@ def test_what_cannot_be_saved_is_named(tmp_path: Path, bad: Any) -> None:
     saver = Checkpointer(tmp_path, {"hooks": Box({"mine": {"memory": [0, bad]}})})
     with pytest.raises(RunnerError, match="cannot save `hooks/mine/memory/1`"):
         saver.save(1)
-    assert saver.latest() is None and not list(tmp_path.iterdir())
+    assert saver.latest() is None
+    assert not list(tmp_path.iterdir())
     with pytest.raises(RunnerError, match="cannot save `extra/x`"):
         Checkpointer(tmp_path, {}).save(1, {"x": b""})
 
@@ -130,7 +134,8 @@ def test_a_killed_save_is_no_checkpoint_and_is_swept(tmp_path: Path) -> None:
     (leftover,) = tmp_path.glob(".tmp-step_00000002-*")
     assert names(leftover) == ["rank_0.safetensors", "state.json"]
     loader = Checkpointer(tmp_path, {"box": Box()})
-    assert names(tmp_path) == ["step_00000001"] and loader.latest() == tmp_path / "step_00000001"
+    assert names(tmp_path) == ["step_00000001"]
+    assert loader.latest() == tmp_path / "step_00000001"
 
 
 # What does not fit ----------------------------------------------------------------------------------------------------
@@ -140,7 +145,8 @@ def refusal(load: Any) -> str:
     with pytest.raises(InputError) as caught:
         load()
     (problem,) = caught.value.problems
-    assert problem.key == "resume" and problem.fix
+    assert problem.key == "resume"
+    assert problem.fix
     return problem.why
 
 
@@ -152,7 +158,8 @@ def test_names_that_differ_are_said_at_once_and_nothing_is_touched(tmp_path: Pat
     assert all(box.loads == 0 for box in boxes.values())
     optional = Checkpointer(tmp_path, boxes, optional=["new", "ema", "old", "scaler"])
     optional.load(path)
-    assert boxes["box"].state == {"a": 1} and [box.loads for box in boxes.values()] == [1, 0, 0]
+    assert boxes["box"].state == {"a": 1}
+    assert [box.loads for box in boxes.values()] == [1, 0, 0]
 
 
 def test_another_model_is_refused_with_the_first_five_names_each_way(tmp_path: Path) -> None:
@@ -162,7 +169,8 @@ def test_another_model_is_refused_with_the_first_five_names_each_way(tmp_path: P
     why = refusal(lambda: Checkpointer(tmp_path, {"model": ModelState(other), "box": box}).load(path))
     assert "it lacks model/0.weight, model/0.bias, model/1.weight, model/1.bias, model/2.weight and 3 more" in why
     assert "nothing here takes model/weight, model/bias" in why
-    assert box.loads == 0 and all(torch.equal(p, q) for p, q in zip(other.parameters(), before, strict=True))
+    assert box.loads == 0
+    assert all(torch.equal(p, q) for p, q in zip(other.parameters(), before, strict=True))
 
 
 def test_other_shapes_and_types_are_refused(tmp_path: Path) -> None:
@@ -180,7 +188,8 @@ def test_floating_types_are_converted_when_asked(tmp_path: Path) -> None:
     high, low = nn.Linear(2, 3), nn.Linear(2, 3).bfloat16()
     path = Checkpointer(tmp_path, {"model": ModelState(high)}).save(1)
     Checkpointer(tmp_path, {"model": ModelState(low)}).load(path, convert=True)
-    assert low.weight.dtype == torch.bfloat16 and torch.equal(low.weight, high.weight.bfloat16())
+    assert low.weight.dtype == torch.bfloat16
+    assert torch.equal(low.weight, high.weight.bfloat16())
     path = Checkpointer(tmp_path, {"box": Box({"w": torch.ones(2, dtype=torch.int64)})}).save(2)
 
     class Wants(Box):
@@ -229,16 +238,19 @@ def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
     best = {"metric": "loss", "value": 0.5, "step": 2, "checkpoint": str(tmp_path / "step_00000002")}
     assert saver.best == best
     resumed = Checkpointer(tmp_path, {"box": Box()}, keep=2, best=("loss", "min"))
-    assert resumed.best == best and json.dumps(best)
+    assert resumed.best == best
+    assert json.dumps(best)
     resumed.save(7, metrics={"loss": 0.4})
-    assert names(tmp_path) == ["step_00000006", "step_00000007"] and resumed.best["step"] == 7
+    assert names(tmp_path) == ["step_00000006", "step_00000007"]
+    assert resumed.best["step"] == 7
 
 
 def test_the_largest_is_the_best_where_asked(tmp_path: Path) -> None:
     saver = Checkpointer(tmp_path, {}, best=("accuracy", "max"))
     for step, accuracy in enumerate((0.1, 0.9, 0.3, math.inf, 0.2, 0.3)):
         saver.save(step, metrics={"accuracy": accuracy})
-    assert saver.best is not None and saver.best["value"] == math.inf
+    assert saver.best is not None
+    assert saver.best["value"] == math.inf
     assert names(tmp_path) == ["step_00000003", "step_00000004", "step_00000005"]
 
 
@@ -255,7 +267,8 @@ def test_a_best_metric_that_nobody_reports(tmp_path: Path) -> None:
     saver = Checkpointer(tmp_path, {}, best=("acuracy", "max"))
     with pytest.raises(InputError) as caught:
         saver.save(1, metrics={"loss": 1.0, "accuracy": 0.5})
-    assert caught.value.problems[0].key == "checkpoint.best.metric" and "accuracy, loss" in caught.value.problems[0].fix
+    assert caught.value.problems[0].key == "checkpoint.best.metric"
+    assert "accuracy, loss" in caught.value.problems[0].fix
     assert names(tmp_path) == ["step_00000001"]
     saver.save(2)
 

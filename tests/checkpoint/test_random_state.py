@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy
 import torch
+
 from runner.checkpoint import Checkpointer, RandomState
 
 

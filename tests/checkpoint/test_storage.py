@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from runner.checkpoint.manifest import Damaged, Manifest
-from runner.checkpoint.storage import read_tensors, write_checkpoint
-from runner.errors import InputError, RunnerError
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+
+from runner.checkpoint.manifest import Damaged, Manifest
+from runner.checkpoint.storage import read_tensors, write_checkpoint
+from runner.errors import InputError, RunnerError
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
@@ -112,7 +113,8 @@ def test_parameters_are_filled_in_place(tmp_path: Path) -> None:
     parameter = torch.nn.Parameter(torch.zeros(3, 2).t())
     address = parameter.data_ptr()
     read_tensors(tmp_path / "c", manifest, {"w": parameter})
-    assert parameter.data_ptr() == address and parameter.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert parameter.data_ptr() == address
+    assert parameter.tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_no_tensors_at_all(tmp_path: Path) -> None:
@@ -189,7 +191,8 @@ def test_a_newer_format_is_refused_in_words(tmp_path: Path) -> None:
     change(tmp_path / "c", format=2)
     with pytest.raises(InputError) as caught:
         Manifest.read(tmp_path / "c")
-    assert "format 2" in caught.value.problems[0].why and "newer" in caught.value.problems[0].fix
+    assert "format 2" in caught.value.problems[0].why
+    assert "newer" in caught.value.problems[0].fix
 
 
 # Pickle ---------------------------------------------------------------------------------------------------------------
@@ -209,7 +212,8 @@ def heard() -> Iterator[list[str]]:
     if not _hear.__dict__.setdefault("added", False):
         sys.addaudithook(_hear)
         _hear.__dict__["added"] = True
-    _heard = events = []
+    events: list[str] = []
+    _heard = events
     try:
         yield events
     finally:
@@ -287,7 +291,7 @@ def test_two_processes_save_sharded_tensors_and_one_loads_them(tmp_path: Path) -
         "rank_1.safetensors",
     }
     full = torch.arange(35.0).view(7, 5)
-    expected = {name: full for name in ("rows", "columns", "replicated", "plain")} | {"one row": full[:1]}
+    expected = dict.fromkeys(("rows", "columns", "replicated", "plain"), full) | {"one row": full[:1]}
     loaded = read(folder)
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+
 from runner.checkpoint import store
 from runner.checkpoint.manifest import Manifest
 from runner.errors import InputError, RunnerError
@@ -54,14 +55,22 @@ def test_none_complete_is_no_silent_fresh_start(tmp_path: Path) -> None:
     assert caught.value.exit_code == 1
 
 
-def test_a_failing_block_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_failing_block_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
     make(tmp_path, 1)
-    for error in (OSError("disk full"), KeyboardInterrupt()):
-        with pytest.raises(type(error)), store.committed(tmp_path, 2) as staging:
+    seen = []
+
+    def fail() -> None:
+        with store.committed(tmp_path, 2) as staging:
             Manifest(2).write(staging)
-            assert names(tmp_path) == {"step_00000001", staging.name} and staging.name.startswith(".tmp-step_00000002-")
+            seen.extend(sorted(names(tmp_path)))
             raise error
-        assert names(tmp_path) == {"step_00000001"}
+
+    with pytest.raises(type(error)):
+        fail()
+    assert len(seen) == 2
+    assert seen[0].startswith(".tmp-step_00000002-")
+    assert names(tmp_path) == {"step_00000001"}
 
 
 def test_the_same_step_again_replaces(tmp_path: Path) -> None:
@@ -116,7 +125,10 @@ def test_find_says_what_is_wrong(tmp_path: Path, kind: str) -> None:
     with pytest.raises(InputError) as caught:
         store.find(path)
     (problem,) = caught.value.problems
-    assert problem.key == "resume" and problem.value == str(path) and str(path) in problem.why and problem.fix
+    assert problem.key == "resume"
+    assert problem.value == str(path)
+    assert str(path) in problem.why
+    assert problem.fix
 
 
 def test_retention_of_random_listings() -> None:
@@ -128,5 +140,6 @@ def test_retention_of_random_listings() -> None:
         keep = rng.randrange(2, 6)
         gone = store.expired(paths, keep, protected)
         left = [path for path in paths if path not in gone]
-        assert left[-keep:] == paths[-keep:] and protected <= set(left)
+        assert left[-keep:] == paths[-keep:]
+        assert protected <= set(left)
         assert len(left) <= keep + len(protected)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from runner.checkpoint.tree import join, split
 from runner.errors import RunnerError
 
@@ -63,13 +64,15 @@ def test_tensors_are_named_by_their_path() -> None:
     assert list(tensors) == ["m/a.b/w~1x", "m/a.b/~0/0", "m/a.b/~0/1/7"]
     assert document["a.b"]["w/x"] == {"$tensor": "m/a.b/w~1x"}
     back = there_and_back(value)
-    assert back["a.b"]["w/x"] is weight and back["a.b"]["~"][1] == {7: weight}
+    assert back["a.b"]["w/x"] is weight
+    assert back["a.b"]["~"][1] == {7: weight}
 
 
 def test_subclasses_come_back_plain() -> None:
     back = there_and_back([OrderedDict(b=1, a=2), torch.Size([1, 2])])
     assert back == [{"b": 1, "a": 2}, (1, 2)]
-    assert [type(item) for item in back] == [dict, tuple] and list(back[0]) == ["b", "a"]
+    assert [type(item) for item in back] == [dict, tuple]
+    assert list(back[0]) == ["b", "a"]
 
 
 @pytest.mark.parametrize(
