@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -17,11 +16,24 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=7, help="runs of each")
 
 
+CLOCK = """import time
+from runner.train.hook import Hook
+
+
+class Clock(Hook):
+    def on_step_end(self, run):
+        if run.progress.step == 1:
+            with open("clock.txt", "w") as file:
+                file.write(repr(time.time()))
+"""
+
+
 def main(options: argparse.Namespace) -> int:
     print(machine())
-    print(f"{'':>6} {'by hand':>9} {'runner':>9}   (seconds)")
+    print(f"{'':>6} {'by hand':>9} {'runner':>9} {'ratio':>7}   (seconds)")
     by_hand, by_runner = [], []
     with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "clock.py").write_text(CLOCK)
         for number in range(options.rounds):
             output = Path(folder, "output")
             started = time.time()
@@ -29,11 +41,11 @@ def main(options: argparse.Namespace) -> int:
             line = next(line for line in output.read_text().splitlines() if line.startswith("first step"))
             by_hand.append(float(line.split()[-1]) - started)
             started = time.time()
-            timed([*RUNNER, "train.steps=1", "log.every=1", f"run_dir=r{number}"], folder)
-            records = Path(folder, f"r{number}", "metrics.jsonl").read_text().splitlines()
-            status = json.loads(Path(folder, f"r{number}", "summary.json").read_text())
-            first = status["startup_at"] - started + json.loads(records[0])["time"]
-            by_runner.append(first)
-            print(f"{number + 1:>6} {by_hand[-1]:>9.2f} {by_runner[-1]:>9.2f}", flush=True)
-    print(f"{'median':>6} {statistics.median(by_hand):>9.2f} {statistics.median(by_runner):>9.2f}")
+            timed([*RUNNER, "train.steps=1", "hooks.clock={_target_: clock.Clock}"], folder)
+            by_runner.append(float(Path(folder, "clock.txt").read_text()) - started)
+            ratio = by_runner[-1] / by_hand[-1]
+            print(f"{number + 1:>6} {by_hand[-1]:>9.2f} {by_runner[-1]:>9.2f} {ratio:>7.2f}", flush=True)
+    ratios = [ours / theirs for ours, theirs in zip(by_runner, by_hand, strict=True)]
+    median = statistics.median
+    print(f"{'median':>6} {median(by_hand):>9.2f} {median(by_runner):>9.2f} {median(ratios):>7.2f}")
     return 0

@@ -73,13 +73,13 @@ def _in_folder(
         folder.state("starting", step=0)
         _write_inputs(plan, folder)
         run = assemble(plan.config, parts, folder, resume=resume, terminal=plan.terminal)
-        if resume is not None:
-            log.info("goes on after step %d from %s", run.progress.step, _short(resume, plan))
         if run.progress.step >= run.plan.steps:
             log.info("%s is already complete: %d steps", _short(folder.path, plan), run.progress.step)
             folder.state("completed", step=run.progress.step)
             return DONE
         _introduce(run, plan)
+        if resume is not None:
+            log.info("  goes on  after step %d, from %s", run.progress.step, _short(resume, plan))
         run.trackers.start(folder.path, run.progress.step, redact(plan.config, plan.written))
         run.startup_seconds = time.time() - plan.started
         folder.state("running", step=run.progress.step)
@@ -231,7 +231,8 @@ def _ended(run: Run, plan: WorkPlan) -> int:
     run.folder.state(status, step=run.progress.step, reason=reason)
     rate = f"{summary['samples_per_second']:.1f} samples/s"
     values = "  ".join(f"{k} {v:.4f}" for k, v in summary["metrics"].items() if k not in ("split", "step", "samples"))
-    log.info("%s: step %d, %.1f s, %s  %s", status, run.progress.step, summary["train_seconds"], rate, values)
+    shown = "  ".join(filter(None, [f"{summary['train_seconds']:.1f} s", rate, values]))
+    log.info("%s: step %d  %s", status, run.progress.step, shown)
     if run.stop_reason:
         log.info("  stopped early: %s", run.stop_reason)
     if run.progress.skipped:
@@ -304,7 +305,7 @@ def _say_how_to_go_on(plan: WorkPlan, folder: RunFolder) -> None:
 
 
 def _command(plan: WorkPlan, run_dir: str | None) -> str:
-    words = plan.command
+    words = [f"+{word}" if word.startswith("recipe=") else word for word in plan.command]
     if run_dir is not None and not any(word.lstrip("+").startswith("run_dir=") for word in words):
         words = [*words, f"run_dir={run_dir}"]
     return shlex.join(["python", "-m", "runner", *words])

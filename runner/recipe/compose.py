@@ -310,11 +310,10 @@ class _Composer:
 
 
 def _unique(problems: Any) -> list[Problem]:
-    found: list[Problem] = []
+    found: dict[str, Problem] = {}
     for problem in problems:
-        if problem not in found:
-            found.append(problem)
-    return found
+        found.setdefault(f"{problem.key} {problem.why} {problem.mark}", problem)
+    return list(found.values())
 
 
 def dump(config: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ MAX_NODES = 10_000
 #: The way to a value: keys of mappings and positions in lists.
 Keys = tuple[str | int, ...]
 
+_COLLECTIONS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 _MERGE = "tag:yaml.org,2002:merge"
 _OCTAL = re.compile(r"[-+]?0[0-7_]+")
 
@@ -223,6 +224,9 @@ class _Plain:
         if len(keys) > MAX_DEPTH:
             why = f"nested more than {MAX_DEPTH} levels deep once its aliases are expanded"
             raise _Stop(why, "an alias must not contain itself", node.start_mark)
+        if not isinstance(node, ScalarNode) and node.tag not in _COLLECTIONS:
+            self._problem(keys[:-1], keys[-1], f"the tag {node.tag} is not allowed", "write a plain value", node)
+            return None
         if isinstance(node, MappingNode):
             return self.mapping(node, keys)
         if isinstance(node, SequenceNode):

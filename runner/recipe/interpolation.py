@@ -15,11 +15,13 @@ from runner.errors import Problem
 from runner.recipe.document import Keys
 from runner.recipe.tree import dotted, leaves
 
-#: Bounds of what interpolations may grow to: characters of a text, values of the whole configuration.
+#: Bounds of what interpolations may grow to: characters of a text, values that are copied, all together.
 MAX_TEXT = 10_000
-MAX_VALUES = 20_000
+MAX_COPIES = 3_000
+MAX_INTERPOLATIONS = 1_000
 
 _REFERENCE = re.compile(r"\$\{\s*(\.*)([\w.\[\]/@-]*)\s*\}")
+_PLAIN_RESOLVER = re.compile(r"\$\{\s*(oc\.env|now)\s*:[^${}]*\}")
 _MISSING = "???"
 
 
@@ -52,10 +54,16 @@ class _Resolver:
         self.problems: list[Problem] = []
         self.failed: set[Keys] = set()
         self.waiting = {keys: value for keys, value in leaves(data) if isinstance(value, str) and "${" in value}
-        self.size = sum(1 for _ in leaves(data))
+        self.copies = 0
         self.config = DictConfig({})
 
     def run(self) -> dict[str, Any]:
+        if len(self.waiting) > MAX_INTERPOLATIONS:
+            why = f"there are {len(self.waiting):,} interpolations, more than {MAX_INTERPOLATIONS:,}"
+            first, text = next(iter(self.waiting.items()))
+            self.problems.append(Problem(dotted(first), why, "write values instead", text))
+            self.failed.update(self.waiting)
+            return self.data
         for keys, value in leaves(self.data):
             if value == _MISSING:
                 why, fix = "the value is missing (???)", f"give it: {dotted(keys)}=…"
@@ -67,9 +75,14 @@ class _Resolver:
                 parse(text)
             except (OmegaConfBaseException, RecursionError) as error:
                 self._fail(keys, text, f"not a valid interpolation: {_first_line(error)}", "close it: ${key}")
-        self.config = OmegaConf.create(self.data)
+        # What waits is masked, so that nothing is resolved on the way to something else, twice and more often.
+        self.config = OmegaConf.create(_masked(self.data, frozenset(self.waiting)))
         for keys in list(self.waiting):
-            self._settle(keys, ())
+            try:
+                self._settle(keys, ())
+            except RecursionError:
+                why = "refers to something that refers to something, too many times"
+                self._fail(keys, self.waiting[keys], why, "make the chain shorter")
         return self.data
 
     def _settle(self, keys: Keys, through: tuple[Keys, ...]) -> None:
@@ -78,19 +91,32 @@ class _Resolver:
             return
         text = self.waiting[keys]
         try:
+            if self._may_refer_to_anything(text):
+                for leaf in list(self.waiting):
+                    self._settle(leaf, (*through, keys))
             for target in self._targets(keys, text):
                 if keys[: len(target)] == target or target in through:
                     circle = [*through[through.index(target) :], keys] if target in through else [keys]
                     raise _Failed(
                         f"refers to itself: {' -> '.join(map(dotted, [*circle, target]))}", "break the circle"
                     )
-                for leaf in [k for k in self.waiting if k[: len(target)] == target]:
+                for leaf in self._below(target):
                     self._settle(leaf, (*through, keys))
                 if str(target[0]) in self.broken or any(failed[: len(target)] == target for failed in self.failed):
                     raise _Failed("")  # what it refers to has been complained about
-            self._finish(keys, self._value(keys))
+            self._finish(keys, self._value(keys, text))
         except _Failed as failed:
             self._fail(keys, text, failed.why, failed.fix)
+
+    def _below(self, target: Keys) -> list[Keys]:
+        """What waits at a place or below it."""
+        if target in self.waiting:
+            return [target]
+        return [keys for keys in self.waiting if keys[: len(target)] == target]
+
+    def _may_refer_to_anything(self, text: str) -> bool:
+        """Whether a text refers by a name that is itself put together, or through a resolver."""
+        return "${" in _REFERENCE.sub("", _PLAIN_RESOLVER.sub("", text))
 
     def _targets(self, keys: Keys, text: str) -> list[Keys]:
         """The places that a text refers to by `${a.b}`, `${.b}` or `${a[0]}`."""
@@ -117,11 +143,12 @@ class _Resolver:
                 value = None
         return tuple(typed)
 
-    def _value(self, keys: Keys) -> Any:
+    def _value(self, keys: Keys, text: str) -> Any:
         node: Any = self.config
         try:
             for key in keys[:-1]:
                 node = node._get_node(key)
+            node[keys[-1]] = text
             value = node[keys[-1]]
             if OmegaConf.is_config(value):
                 return OmegaConf.to_container(value, resolve=True)
@@ -139,9 +166,9 @@ class _Resolver:
         if isinstance(value, str) and len(value) > MAX_TEXT:
             raise _Failed(f"grows to {len(value):,} characters", f"at most {MAX_TEXT:,} are allowed")
         if isinstance(value, (dict, list)):
-            self.size += sum(1 for _ in leaves(value))
-            if self.size > MAX_VALUES:
-                raise _Failed(f"grows to more than {MAX_VALUES:,} values", "refer to single values")
+            self.copies += sum(1 for _ in leaves(value))
+            if self.copies > MAX_COPIES:
+                raise _Failed(f"interpolations copy more than {MAX_COPIES:,} values", "refer to single values")
         self.waiting.pop(keys)
         self._store(keys, value)
 
@@ -159,8 +186,16 @@ class _Resolver:
             parent = parent[key]
             node = node._get_node(key) if node is not None and len(self.config) else None
         parent[keys[-1]] = value
-        if node is not None and len(self.config) and not (isinstance(value, str) and "${" in value):
-            node[keys[-1]] = value
+        if node is not None and len(self.config):
+            node[keys[-1]] = value.replace("${", "\\${") if isinstance(value, str) else value
+
+
+def _masked(value: Any, waiting: frozenset[Keys], keys: Keys = ()) -> Any:
+    if isinstance(value, dict):
+        return {key: _masked(item, waiting, (*keys, key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_masked(item, waiting, (*keys, position)) for position, item in enumerate(value)]
+    return _MISSING if keys in waiting else value
 
 
 def _first_line(error: BaseException) -> str:
@@ -173,6 +208,8 @@ def _reason(error: OmegaConfBaseException) -> tuple[str, str]:
     if variable:
         name = variable.group(1)
         return f"the environment variable {name} is not set", f"set it, or write ${{oc.env:{name},DEFAULT}}"
+    if "to missing value" in text.lower() or "missing mandatory value" in text.lower():
+        return "refers to itself", "break the circle"
     key = re.search(r"Interpolation key '(.*?)' not found", text)
     if key:
         return f"there is no key {key.group(1)}", "refer to a key that exists, by its full name from the top"

@@ -15,6 +15,7 @@ from runner.recipe.schema import Config, keys_of
 
 _WIDTH = 80
 _LONGEST_VALUE = 200
+_MOST = 50
 _SECRET = re.compile(r"(^|[._-])(token|key|password|secret)$", re.IGNORECASE)
 _PLAIN = re.compile(r"[^\W\d][\w./ ${}:@+=~-]*|[\w./~-]+")
 
@@ -24,7 +25,9 @@ def render(problems: Sequence[Problem], origins: Mapping[str, Mark] | None = Non
     placed = [problem.at(nearest(origins or {}, problem.key)) for problem in problems]
     placed.sort(key=lambda problem: _order(problem.mark))
     count = f"{len(placed)} problems" if len(placed) != 1 else "1 problem"
-    paragraphs = [_paragraph(problem, directory) for problem in placed]
+    paragraphs = [_paragraph(problem, directory) for problem in placed[:_MOST]]
+    if len(placed) > _MOST:
+        paragraphs.append(f"and {len(placed) - _MOST:,} more")
     return "\n\n".join([f"{count} in the configuration", *paragraphs])
 
 

@@ -176,7 +176,9 @@ class Key:
     def default(self) -> Any:
         """The default value, as plain data."""
         made = self.make()
-        return complete({}, type(made)) if is_dataclass(made) else made
+        if is_dataclass(made):
+            return complete({}, type(made))
+        return dict(made) if isinstance(made, dict) else made
 
     @property
     def optional(self) -> bool:

@@ -155,8 +155,8 @@ class Repository(ConfigRepository):
         self.results: dict[str, ConfigResult | None] = {}
         self.problems: list[Problem] = []
         self.notes: list[str] = []
-        #: Where an option was asked for: config path -> mark.
-        self.asked: dict[str, Mark] = {}
+        #: What was asked for, and where: config path -> group, option, mark.
+        self.asked: dict[str, tuple[str, str, Mark]] = {}
         self.optional: set[str] = set()
         #: What a recipe chooses: config path of the recipe -> group -> choice.
         self.choices: dict[str, dict[str, Choice]] = {}
@@ -214,8 +214,7 @@ class Repository(ConfigRepository):
 
     def missing(self, config_path: str) -> Problem:
         """An option that does not exist, with those that do."""
-        group, _, name = config_path.rpartition("/")
-        mark = self.asked.get(config_path)
+        group, name, mark = self.asked[config_path]
         if group == RECIPE:
             return unknown_recipe(name, self.options(RECIPE), mark)
         options = self.options(group) if group else []
@@ -315,7 +314,9 @@ class Repository(ConfigRepository):
             path, _, package = item.partition("@")
             words = path.split()
             path = words[-1]
-            self.asked.setdefault(path.lstrip("/") if path[0] == "/" or not here else f"{here}/{path}", mark)
+            full = path.lstrip("/") if path[0] == "/" or not here else f"{here}/{path}"
+            group, _, name = full.rpartition("/")
+            self.asked.setdefault(full, (group, name, mark))
             return ConfigDefault(path=path, package=package or None, optional="optional" in words[:-1])
         if isinstance(item, Mapping) and len(item) == 1:
             words_and_package, value = next(iter(item.items()))
@@ -334,8 +335,8 @@ class Repository(ConfigRepository):
             self.problems.append(Problem("defaults", f"{text} is no group", fix, value, mark))
             return None
         name = group.lstrip("/")
-        if here == RECIPE and name in self.root_groups:
-            group = f"/{name}"
+        if here == RECIPE:
+            group = f"/{name}"  # recipes are flat: nothing lies below them
         base = name if group.startswith("/") or not here else f"{here}/{name}"
         optional = "optional" in keywords
         self._ask(base, Choice(value, mark), optional)
@@ -345,7 +346,7 @@ class Repository(ConfigRepository):
 
     def _ask(self, group: str, choice: Choice, optional: bool = False) -> None:
         for option in choice.options:
-            self.asked[f"{group}/{option}"] = choice.mark
+            self.asked[f"{group}/{option}"] = (group, option, choice.mark)
             if optional:
                 self.optional.add(f"{group}/{option}")
 

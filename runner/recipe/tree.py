@@ -43,7 +43,8 @@ class Tree:
                 self._note(keys, mark(keys))
                 self._merge(old, value, mark, keys)
             else:
-                self.forget(keys)
+                if key in into:
+                    self.forget(keys)
                 into[key] = self._copy(value, mark, keys)
 
     def _copy(self, value: Any, mark: Callable[[Keys], Mark], keys: Keys) -> Any:

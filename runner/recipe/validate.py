@@ -16,6 +16,7 @@ from runner.recipe.schema import BUILDER_WORDS, Config, Data, Key, Specs, keys_o
 from runner.recipe.tree import EXCLUSIVE, Keys, dotted
 
 _LARGEST = 2**63 - 1
+_ENOUGH = 100  # problems; more get no advice, which takes time
 _DOTTED_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 _CONVERT = ("none", "partial", "object", "all")
 _REQUIRED = {
@@ -131,15 +132,17 @@ class _Checker:
         return mark is not None and mark.line is None
 
     def _what_was_meant(self, name: Any, value: Any, here: list[str], at: Keys, below: Keys) -> str:
+        if len(self.problems) > _ENOUGH:
+            return ""
         every = [full for full, _ in every_key()]
         close = difflib.get_close_matches(str(name), here, n=1, cutoff=0.6)
         full = difflib.get_close_matches(dotted((*at, name, *below)), every, n=1, cutoff=0.75)
         last = str((name, *below)[-1])
         elsewhere = [key for key in every if key.rpartition(".")[2] == last and "." in key]
-        if close:
+        first, dot, rest = str(name).partition(".")
+        if close and not (dot and first in here):
             return f"did you mean {dotted((*at, close[0], *below))}?"
-        if "." in str(name):
-            first, _, rest = str(name).partition(".")
+        if dot:
             return f"write it nested: `{first}:`, and below it, indented, `{rest}: {plain(value)}`"
         inside = [f"{key}.{name}" for key, spec in self.config.items() if isinstance(spec, dict) and name in spec]
         if not at and inside:

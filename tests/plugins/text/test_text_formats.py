@@ -79,7 +79,7 @@ def test_a_missing_file_says_where_it_was_looked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "why", "fix"),
     [
-        ("a.tsv", "sentense\tlabel\nx\t1", "1: no column 'sentence'; there are 'sentense', 'label'", "data.text='sentense'"),
+        ("a.tsv", "sentense\tlabel\nx\t1", "1: no column 'sentence'; there are 'sentense', 'label'", "'sentense'"),
         ("a.csv", "sentence,y\nx,1\n", "1: no column 'label'; there are 'sentence', 'y'", "data.label="),
         ("a.jsonl", '{"sentence": "x"}\n', "1: no column 'label'; there are 'sentence'", "data.label="),
         ("a.tsv", "", " the file has no samples", "header"),
