@@ -26,7 +26,7 @@ from runner.hooks.evaluation import Evaluation
 from runner.train import hook
 from runner.train.progress import Plan, Progress
 from runner.train.run import Run, SaveEvery, Settings
-from runner.train.schedules import Schedule
+from runner.train.schedules import Schedule, warmup_steps
 from runner.train.task import Task
 
 Config = Mapping[str, Any]
@@ -63,7 +63,7 @@ def check(config: Config) -> Parts:
     problems += backend.check()
     if problems:
         raise InputError(*problems)
-    task = build.build(config["task"])
+    task = _constructed(config["task"], "task")
     problems = [] if isinstance(task, Task) else _not_a_task(task, config)
     train, evaluation, collate = _data(config["data"])
     problems += _data_problems(config, "data.train", train)
@@ -72,6 +72,8 @@ def check(config: Config) -> Parts:
     if isinstance(task, Task) and not problems:
         problems += task.check(train, "data.train")
         problems += [] if evaluation is None else task.check(evaluation, "data.eval")
+    if not problems:
+        problems += _warmup_problems(config, len(train))
     if problems:
         raise InputError(*problems)
     return Parts(backend, task, train, evaluation, collate)
@@ -123,6 +125,17 @@ def _not_a_task(task: Any, config: Config) -> list[Problem]:
     ]
 
 
+def _warmup_problems(config: Config, samples: int) -> list[Problem]:
+    """A warm-up of our schedules that does not fit into the run."""
+    warmup = (config["scheduler"] or {}).get("warmup")
+    if isinstance(warmup, (int, float)):
+        try:
+            warmup_steps(warmup, _plan(config, _order(config, samples)).steps)
+        except InputError as error:
+            return list(error.problems)
+    return []
+
+
 def _device(config: Config) -> torch.device:
     name = config["device"]
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -164,6 +177,14 @@ def _data(data: Config) -> tuple[Any, Any, Any]:
         return _built(data["train"], "data.train"), _built(data["eval"], "data.eval"), collate
     both = _built(_for_target(data), "data")
     return both.train, getattr(both, "eval", None), collate or getattr(both, "collate", None)
+
+
+def _constructed(spec: Config, key: str, *given: Any, **also: Any) -> Any:
+    """Builds what takes nothing but configured values: what it refuses is the user's input."""
+    try:
+        return build.build(spec, *given, **also)
+    except (ValueError, TypeError) as error:
+        raise wrong(key, f"{spec['_target_']}: {error}", "mend the value that it names") from error
 
 
 def _built(spec: Any, key: str) -> Any:
@@ -269,19 +290,20 @@ def _optimizer_factory(config: Config, device: torch.device) -> Callable[[torch.
     spec = dict(config["optimizer"])
     no_decay = spec.pop("no_decay", None) or ()
     spec |= fused_by_default(build.find(spec["_target_"]), list(spec), device)
-    return lambda model: build.build(spec, parameter_groups(model, no_decay))
+    return lambda model: _constructed(spec, "optimizer", parameter_groups(model, no_decay))
 
 
 def _loaders(config: Config, parts: Parts, engine: Engine) -> tuple[Loader, Loader | None]:
-    data, batch, mesh = config["data"], config["batch"], engine.mesh
-    grouped = data["group_by_length"]
+    data, micro, mesh = config["data"], config["batch"]["micro_size"], engine.mesh
 
-    def loader(dataset: Any, size: int, micro: int, **how: Any) -> Loader:
-        lengths = dataset.lengths if grouped else None
+    def lengths(dataset: Any) -> Any:
+        return dataset.lengths if data["group_by_length"] else None
+
+    def loader(dataset: Any, order: Order, size: int) -> Loader:
         return Loader(
             dataset,
-            Order(len(dataset), size, config["seed"], lengths=lengths, **how),
-            micro,
+            order,
+            size,
             collate=parts.collate,
             num_workers=data["num_workers"],
             device=engine.device,
@@ -289,11 +311,18 @@ def _loaders(config: Config, parts: Parts, engine: Engine) -> tuple[Loader, Load
             readers=mesh.data_size,
         )
 
-    train = loader(parts.train, batch["global_size"], batch["micro_size"], drop_last=data["drop_last"])
+    train = loader(parts.train, _order(config, len(parts.train), lengths(parts.train)), micro)
     if parts.eval is None:
         return train, None
-    micro = config["eval"]["micro_size"] or batch["micro_size"]
-    return train, loader(parts.eval, micro * mesh.data_size, micro, shuffle=False)
+    size = config["eval"]["micro_size"] or micro
+    order = Order(len(parts.eval), size * mesh.data_size, lengths=lengths(parts.eval), shuffle=False)
+    return train, loader(parts.eval, order, size)
+
+
+def _order(config: Config, samples: int, lengths: Any = None) -> Order:
+    """The order of the training samples."""
+    drop_last = config["data"]["drop_last"]
+    return Order(samples, config["batch"]["global_size"], config["seed"], drop_last=drop_last, lengths=lengths)
 
 
 def _plan(config: Config, order: Order) -> Plan:
@@ -310,19 +339,21 @@ def _schedule(config: Config, engine: Engine, plan: Plan) -> Schedule:
     target = build.find(spec["_target_"])
     late = {"total_steps": plan.steps, "steps_per_epoch": plan.steps_per_epoch}
     also = {name: value for name, value in late.items() if name not in spec and build.accepts(target, name)}
-    return Schedule(build.build(spec, engine.optimizer, **also), metric)
+    return Schedule(_constructed(spec, "scheduler", engine.optimizer, **also), metric)
 
 
 def _hooks(config: Config) -> dict[str, Any]:
     every = config["eval"]["every"]
     evaluation = {} if every == "never" else {"evaluation": Evaluation(every if isinstance(every, int) else None)}
-    return {**evaluation, **{name: build.build(spec) for name, spec in config["hooks"].items() if spec is not None}}
+    named = {name: spec for name, spec in config["hooks"].items() if spec is not None}
+    return {**evaluation, **{name: _constructed(spec, f"hooks.{name}") for name, spec in named.items()}}
 
 
 def _trackers(config: Config) -> Any:
     from runner.trackers import Trackers
 
-    return Trackers({name: build.build(spec) for name, spec in config["trackers"].items() if spec is not None})
+    named = {name: spec for name, spec in config["trackers"].items() if spec is not None}
+    return Trackers({name: _constructed(spec, f"trackers.{name}") for name, spec in named.items()})
 
 
 def _checkpointer(config: Config, folder: RunFolder, state: Mapping[str, Any]) -> Checkpointer | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 #: Goes to the start of the line and clears it: whatever a live line has drawn is gone.
 CLEAR_LINE = "\r\x1b[K"
@@ -14,17 +16,25 @@ log = logging.getLogger("runner")
 
 
 class _Terminal(logging.Handler):
-    """Writes to today's sys.stdout, over a live line where one may stand."""
+    """Writes to today's sys.stdout, errors to sys.stderr, over a live line where one may stand."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        clear = CLEAR_LINE if sys.stdout.isatty() else ""
-        try:
-            sys.stdout.write(f"{clear}{prefix}{record.getMessage()}\n")
-            sys.stdout.flush()
-        except BrokenPipeError:
-            # `| head` has seen enough; the run goes on, the log files have everything.
-            sys.stdout = open("/dev/null", "w")  # noqa: SIM115
+        clear = CLEAR_LINE if stream.isatty() else ""
+        say(f"{clear}{prefix}{record.getMessage()}\n", stream)
+
+
+def say(text: str, stream: TextIO) -> None:
+    """Writes and flushes. A reader that has gone (`| head`) does not end a run: the files have everything."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        # The descriptor itself: Python flushes it once more at exit.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 def speak() -> None:

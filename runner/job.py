@@ -260,7 +260,8 @@ def _failed(error: BaseException, run: Run | None, folder: RunFolder, plan: Work
     if plan.full_error or not isinstance(error, RunnerError):
         print(text, file=sys.stderr, end="", flush=True)
     _say_how_to_go_on(plan, folder)
-    log.error("%s failed at step %d: %s", plan.config["name"], step + (run is not None), what)
+    where = "before its first step" if run is None else f"after step {step}"
+    log.error("%s failed %s: %s", plan.config["name"], where, what)
     return FAILED
 
 

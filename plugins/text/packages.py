@@ -6,6 +6,7 @@ import errno
 import hashlib
 import importlib.util
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,9 @@ from plugins.text import cache
 from runner.errors import InputError, wrong
 
 log = logging.getLogger("runner")
+
+#: What pip says of a connection that failed: the kind of error, and the operating system's words where they are there.
+_BROKEN = re.compile(r"connection broken by '(?P<kind>\w+)(?:.*?(?P<errno>\[Errno -?\d+\] [\w ]+))?")
 
 #: Files of an archive as (path below the folder that is wanted, opener).
 Members = Iterable[tuple[str, Callable[[], IO[bytes]]]]
@@ -197,9 +201,9 @@ def _pip_said(output: str) -> str:
     if any(line.endswith("No module named pip") for line in lines):
         return f"this Python has no pip ({sys.executable})"
     errors = [line for line in lines if line.startswith("ERROR:")] or lines or ["ended without a message"]
-    broken = next((line for line in lines if "connection broken by" in line), None)
     said = f"pip: {errors[-1].removeprefix('ERROR:').strip()}"
-    return f"{said} (no connection: {broken.split('connection broken by', 1)[1].strip()[:200]})" if broken else said
+    broken = _BROKEN.search(output)
+    return f"{said} (no connection: {broken['errno'] or broken['kind']})" if broken else said
 
 
 def _unpack(package: Package, archive: Path, into: Path) -> None:

@@ -8,11 +8,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from runner import console
 from runner.train.hook import Hook
 from runner.train.run import Run
 
 _SHOWN = {"lr": ".3g", "grad_norm": ".3g", "samples_per_second": ".1f", "tokens_per_second": ".0f"}
-_CLEAR = "\r\x1b[K"
 
 
 class Progress(Hook):
@@ -64,11 +64,11 @@ class Progress(Hook):
         if run.record and run.record.get("step") != self._shown:
             self._print(self._line(run))
         elif self._live:
-            self._write(_CLEAR)
+            console.say(console.CLEAR_LINE, sys.stdout)
 
     def on_exception(self, run: Run, error: BaseException) -> None:
         if self._live:
-            self._write("\n")
+            console.say("\n", sys.stdout)
 
     def _line(self, run: Run, fresh_loss: bool = False) -> str:
         plan, record = run.plan, run.record
@@ -100,13 +100,8 @@ class Progress(Hook):
 
     def _draw(self, line: str) -> None:
         width = shutil.get_terminal_size().columns
-        self._write(_CLEAR + (line if len(line) < width else line[: width - 1]))
+        console.say(console.CLEAR_LINE + (line if len(line) < width else line[: width - 1]), sys.stdout)
 
     def _print(self, line: str) -> None:
-        self._write((_CLEAR if self._live else "") + line + "\n")
-
-    def _write(self, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-
+        # By the logger, which also keeps it in the run's logs; it clears the live line.
+        console.log.info(line)

@@ -242,7 +242,9 @@ def split_jobs(overrides: Sequence[str]) -> list[list[str]]:
         problems.append(_problem("-m", "the sweep has no jobs: one of its lists is empty", "give it values"))
     if problems:
         raise InputError(*problems)
-    return BasicSweeper.split_arguments(parsed, None)[0]
+    removals = {f"{p.get_key_element()}=null" for p in parsed if p.is_delete() and p.value_type is None}
+    found = BasicSweeper.split_arguments(parsed, None)[0]
+    return [[text.removesuffix("=null") if text in removals else text for text in job] for job in found]
 
 
 def _length(override: Override, problems: list[Problem]) -> int:

@@ -90,11 +90,11 @@ def _flow(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_flow(k)}: {show(v, str(k))}" for k, v in list(value.items())[:50]) + "}"
+        return "{" + ", ".join(f"{_flow(k)}: {show(v, str(k))}" for k, v in list(value.items())[:100]) + "}"
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_flow(item) for item in value[:50]) + "]"
+        return "[" + ", ".join(_flow(item) for item in value[:100]) + "]"
     if isinstance(value, str):
-        plain = _PLAIN.fullmatch(value) and value == value.strip() and not _reads_otherwise(value)
+        plain = _PLAIN.fullmatch(value) and ": " not in value and value[-1] not in ": " and not _reads_otherwise(value)
         return value if plain else json.dumps(value[: 2 * _LONGEST_VALUE], ensure_ascii=False)
     return _number(value)
 

@@ -191,7 +191,8 @@ class Repository(ConfigRepository):
         if not files and (config_path in self.optional or config_path not in self.asked):
             return None  # Hydra also asks for the option None of a group of which nothing is chosen
         if not files:
-            self.problems.append(self.missing(config_path))
+            if len(self.problems) < 100:  # advice takes time
+                self.problems.append(self.missing(config_path))
             document, defaults = Document(""), []
         else:
             is_recipe = config_path.startswith(f"{RECIPE}/")
@@ -364,7 +365,7 @@ class Repository(ConfigRepository):
 
 def near(name: str, known: Iterable[str]) -> str:
     """`did you mean …? ` where a known name is close, else nothing."""
-    lower = {k.lower(): k for k in known}
+    lower = {k.lower(): k for k in known if len(name) < 100}
     close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
     return f"did you mean {lower[close[0]]}? " if close else ""
 

@@ -122,6 +122,8 @@ class _Checker:
                 self.unknown(name, value, keys, at)
 
     def unknown(self, name: Any, value: Any, keys: Mapping[str, Key], at: Keys) -> None:
+        if dotted((*at, name)) in self.skip:
+            return
         below: Keys = ()
         while isinstance(value, dict) and len(value) == 1 and self._was_typed((*at, name, *below)):
             below, value = (*below, *value), next(iter(value.values()))  # as it was typed: a.b.c=1

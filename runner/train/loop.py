@@ -30,16 +30,17 @@ def train(run: Run) -> None:
     An error is shown to the hooks (on_exception) and goes on. A signal or run.stop() ends the loop after the step.
     """
     events, plan, progress, settings = run.events, run.plan, run.progress, run.settings
-    step_start, gradients_ready, step_end = (
-        events["on_step_start"],
-        events["on_gradients_ready"],
-        events["on_step_end"],
-    )
     seed, every = settings.seed, settings.log_every
     run.first_step = first = evaluated = saved = progress.step
     last_save = time.monotonic()
     try:
         _fire(run, "on_run_start")
+        # Looked up only now: a hook may have added itself to a row at the start.
+        step_start, gradients_ready, step_end = (
+            events["on_step_start"],
+            events["on_gradients_ready"],
+            events["on_step_end"],
+        )
         run.engine.model.train()
         # The step's seed comes before its data are fetched: a data set may draw from the generator too.
         run.engine.seed(seed, "step", progress.step)
@@ -66,11 +67,14 @@ def train(run: Run) -> None:
             if run.evaluation_asked:
                 evaluate_now(run)
                 evaluated = step + 1
+            # The checkpoint of the last step comes after the last evaluation, and has its metrics.
+            if run.stop_reason or run.signal or step + 1 == plan.steps:
+                break
             if run.saving_asked or _save_due(run, last_save):
                 save_now(run)
                 saved, last_save = step + 1, time.monotonic()
-            if run.stop_reason or run.signal:
-                break
+                if run.stop_reason or run.signal:
+                    break
             run.engine.seed(seed, "step", step + 1)
         settle(run)
         _finish(run, evaluated, saved)

@@ -33,15 +33,17 @@ def constant(optimizer: Optimizer, total_steps: int, warmup: float = 0.0) -> Lam
     return _warm(optimizer, total_steps, warmup, lambda done: 1.0)
 
 
-def _warm(optimizer: Optimizer, total: int, warmup: float, decay: Callable[[float], float]) -> LambdaLR:
+def warmup_steps(warmup: float, total: int) -> int:
+    """Steps of a warm-up: as they are from 1 on, below 1 a fraction of the run. Raises InputError where too long."""
     steps = round(warmup * total) if warmup < 1 else round(warmup)
     if steps > total:
-        raise wrong(
-            "scheduler.warmup",
-            f"the warm-up of {steps} steps is longer than the run of {total}",
-            "give a smaller number of steps, or a fraction below 1",
-            value=warmup,
-        )
+        why = f"the warm-up of {steps} steps is longer than the run of {total}"
+        raise wrong("scheduler.warmup", why, "give a smaller number of steps, or a fraction below 1", value=warmup)
+    return steps
+
+
+def _warm(optimizer: Optimizer, total: int, warmup: float, decay: Callable[[float], float]) -> LambdaLR:
+    steps = warmup_steps(warmup, total)
 
     def factor(step: int) -> float:
         if step < steps:

