@@ -42,7 +42,7 @@ class Progress(Hook):
             now = time.perf_counter()
             if now >= self._next:
                 self._next = now + self._pause
-                self._draw(self._line(run, fresh_loss=True))
+                self._draw(self._line(run, live=True))
             return
         if run.record.get("step") == self._shown or not run.record:
             return
@@ -70,15 +70,16 @@ class Progress(Hook):
         if self._live:
             console.say("\n", sys.stdout)
 
-    def _line(self, run: Run, fresh_loss: bool = False) -> str:
+    def _line(self, run: Run, live: bool = False) -> str:
         plan, record = run.plan, run.record
-        step = run.progress.step if fresh_loss else record["step"]
+        step = run.progress.step if live else record["step"]
         epochs = -(-plan.steps // plan.steps_per_epoch)
         parts = [f"step {step:>{len(str(plan.steps))}}/{plan.steps}"]
         if epochs > 1:
-            samples = run.progress.samples if fresh_loss else record["samples"]
+            samples = run.progress.samples if live else record["samples"]
             parts.append(f"epoch {samples / run.train_data.order.samples_per_epoch:.2f}/{epochs}")
-        loss = run.loss if fresh_loss else record["loss"]
+        # Reading the step's own loss costs nothing on a CPU and waits for any other device.
+        loss = run.loss if live and run.engine.device.type == "cpu" else record.get("loss")
         if loss is not None:
             parts.append(f"loss {float(loss):.4f}")
         for name, form in _SHOWN.items():

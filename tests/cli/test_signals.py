@@ -1,0 +1,78 @@
+"""A signal ends a run after its step, with a checkpoint; the same command then goes on to the same end."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+WORDS = ["+recipe=smoke", "train.epochs=null", "train.steps=3000", "log.every=1", "launch.threads=1", "eval.every=never"]
+
+
+def _start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "runner", *WORDS, *words]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _wait_for_steps(run: Path, count: int, process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 60
+    while time.monotonic() < until and process.poll() is None:
+        metrics = run / "metrics.jsonl"
+        if metrics.exists() and metrics.read_text().count("\n") >= count:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no {count} steps: {process.communicate(timeout=10)[0]}")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_command_goes_on(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    process = _start(tmp_path, "run_dir=r")
+    _wait_for_steps(tmp_path / "r", 20, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code, output
+    assert f"to go on: python -m runner {' '.join(WORDS)} run_dir=r" in output
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert summary["status"] == "interrupted"
+    stopped = summary["steps"]
+    assert 20 <= stopped < 3000
+    assert Path(summary["checkpoint"]).name == f"step_{stopped:08d}"
+    assert json.loads((tmp_path / "r" / "status.json").read_text())["reason"] == number.name
+
+    for folder in ("r", "whole"):
+        again = _start(tmp_path, f"run_dir={folder}", f"train.steps={stopped + 10}")
+        output, _ = again.communicate(timeout=120)
+        assert again.returncode == 0, output
+    saved = f"checkpoints/step_{stopped + 10:08d}/rank_0.safetensors"
+    resumed, whole = load_file(tmp_path / "r" / saved), load_file(tmp_path / "whole" / saved)
+    for name in whole:
+        if not name.startswith("random/"):
+            assert resumed[name].equal(whole[name]), name
+    steps = [json.loads(line)["step"] for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert steps[:-1] == list(range(1, stopped + 11))
+
+
+def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import time\n"
+        "from runner.train.hook import Hook\n"
+        "class Slow(Hook):\n"
+        "    def on_step_end(self, run):\n"
+        "        if run.progress.step == 3:\n"
+        "            for _ in range(600):\n"
+        "                time.sleep(0.1)\n"
+    )
+    process = _start(tmp_path, "run_dir=r", "hooks.slow={_target_: slow.Slow}")
+    _wait_for_steps(tmp_path / "r", 3, process)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=10)
+    assert process.returncode == 143, output

@@ -1,0 +1,269 @@
+"""Schedules: exact values, what moves them, and going on from a checkpoint with any of torch's."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import run as make_run
+from torch import nn
+from torch.optim import SGD, Optimizer, lr_scheduler
+
+from runner.engine.model_state import OptimizerState
+from runner.errors import InputError
+from runner.hooks.evaluation import Evaluation
+from runner.train.loop import train
+from runner.train.schedules import Schedule, constant, cosine, linear
+
+pytestmark = pytest.mark.usefixtures("quiet")
+
+
+def optimizer(rate: float = 1.0) -> Optimizer:
+    return SGD(nn.Linear(2, 2).parameters(), lr=rate, momentum=0.9)
+
+
+def rates(make: Callable[[Optimizer], Any], steps: int, rate: float = 1.0) -> list[float]:
+    """The rate of each step, and the one after the last."""
+    sgd = optimizer(rate)
+    schedule = Schedule(make(sgd))
+    found = [sgd.param_groups[0]["lr"]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(steps):
+            sgd.step()
+            schedule.step()
+            found.append(sgd.param_groups[0]["lr"])
+    return found
+
+
+def test_linear_without_warmup() -> None:
+    assert rates(lambda sgd: linear(sgd, 4), 4) == [1.0, 0.75, 0.5, 0.25, 0.0]
+
+
+def test_linear_with_warmup_rises_to_the_rate_and_falls_to_final() -> None:
+    found = rates(lambda sgd: linear(sgd, 10, warmup=3, final=0.1), 10, rate=2.0)
+    expected = [2 * (i + 1) / 4 for i in range(3)] + [2 * (1 - 0.9 * i / 7) for i in range(8)]
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert found[3] == 2.0
+    assert found[10] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0.2, 2), (2, 2), (0.25, 2), (1, 1), (0.99, 10)])
+def test_warmup_is_a_fraction_below_one_and_steps_from_one(warmup: float, steps: int) -> None:
+    found = rates(lambda sgd: constant(sgd, 10, warmup=warmup), 10)
+    assert found == pytest.approx([(i + 1) / (steps + 1) for i in range(steps)] + [1.0] * (11 - steps))
+
+
+def test_cosine_values() -> None:
+    found = rates(lambda sgd: cosine(sgd, 12, warmup=2, final=0.2), 12)
+    expected = [1 / 3, 2 / 3] + [0.2 + 0.8 * (1 + math.cos(math.pi * i / 10)) / 2 for i in range(11)]
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_cosine_without_warmup_is_torchs() -> None:
+    ours = rates(lambda sgd: cosine(sgd, 20), 20)
+    torchs = rates(lambda sgd: lr_scheduler.CosineAnnealingLR(sgd, 20), 20)
+    assert ours == pytest.approx(torchs, rel=1e-9, abs=1e-12)
+
+
+def test_the_rate_stays_at_the_end_after_the_end() -> None:
+    assert rates(lambda sgd: linear(sgd, 2, final=0.5), 4) == [1.0, 0.75, 0.5, 0.5, 0.5]
+
+
+def test_a_warmup_longer_than_the_run_is_refused() -> None:
+    with pytest.raises(InputError) as caught:
+        linear(optimizer(), 10, warmup=11)
+    (problem,) = caught.value.problems
+    assert (problem.key, problem.value) == ("scheduler.warmup", 11)
+    assert "11 steps is longer than the run of 10" in problem.why
+    assert rates(lambda sgd: linear(sgd, 4, warmup=4), 4) == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+def test_no_scheduler_does_nothing() -> None:
+    schedule = Schedule(None)
+    schedule.step()
+    schedule.evaluated({})
+    assert schedule.state_dict() == {}
+    schedule.load_state_dict({})
+
+
+# --- a metric ---------------------------------------------------------------------------------------------------------
+
+
+def plateau(sgd: Optimizer, **options: Any) -> lr_scheduler.ReduceLROnPlateau:
+    return lr_scheduler.ReduceLROnPlateau(sgd, factor=0.5, **{"patience": 1, **options})
+
+
+def test_a_plateau_counts_evaluations_and_not_steps() -> None:
+    sgd = optimizer()
+    schedule = Schedule(plateau(sgd))
+    for loss, rate in [(1.0, 1.0), (1.0, 1.0), (1.0, 0.5), (0.5, 0.5), (0.6, 0.5), (0.6, 0.25)]:
+        for _ in range(10):
+            schedule.step()
+        schedule.evaluated({"loss": loss})
+        assert sgd.param_groups[0]["lr"] == rate
+
+
+def test_a_plateau_in_the_loop(tmp_path: Path) -> None:
+    """A loss that cannot get better (rate 0): patience 1, five evaluations."""
+    run = make_run(
+        tmp_path,
+        steps=10,
+        samples=80,
+        optimizer=lambda model: SGD(model.parameters(), lr=0.0),
+        scheduler=lambda sgd: plateau(sgd, min_lr=0.0),
+        hooks={"evaluation": Evaluation(2)},
+    )
+    train(run)
+    scheduler = run.schedule._scheduler
+    assert scheduler is not None
+    assert scheduler.last_epoch == 5
+
+
+def test_a_plateau_may_watch_another_metric_and_says_which_there_are() -> None:
+    sgd = optimizer()
+    schedule = Schedule(plateau(sgd, mode="max", patience=0), "accuracy")
+    schedule.evaluated({"loss": 1.0, "accuracy": 0.5})
+    schedule.evaluated({"loss": 0.1, "accuracy": 0.5})
+    assert sgd.param_groups[0]["lr"] == 0.5
+    with pytest.raises(InputError) as caught:
+        schedule.evaluated({"loss": 1.0, "f1": 0.5})
+    (problem,) = caught.value.problems
+    assert (problem.key, problem.value) == ("scheduler.monitor", "accuracy")
+    assert "loss, f1" in problem.fix
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+STEPPED: dict[str, Callable[[Optimizer], Any]] = {
+    "linear": lambda o: linear(o, 20, warmup=3),
+    "cosine": lambda o: cosine(o, 20, warmup=0.2, final=0.1),
+    "step": lambda o: lr_scheduler.StepLR(o, 3, 0.5),
+    "multi_step": lambda o: lr_scheduler.MultiStepLR(o, [2, 5, 9, 9], 0.5),
+    "exponential": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    "cosine_annealing": lambda o: lr_scheduler.CosineAnnealingLR(o, 7, eta_min=0.01),
+    "warm_restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3, 2),
+    "one_cycle": lambda o: lr_scheduler.OneCycleLR(o, 2.0, total_steps=30),
+    "cyclic": lambda o: lr_scheduler.CyclicLR(o, 0.1, 1.0, step_size_up=3),
+    "polynomial": lambda o: lr_scheduler.PolynomialLR(o, 15, 2.0),
+    "linear_lr": lambda o: lr_scheduler.LinearLR(o, 0.1, 1.0, 8),
+    "constant_lr": lambda o: lr_scheduler.ConstantLR(o, 0.1, 8),
+    "multiplicative": lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 0.9 + step / 1000),
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
+    "sequential": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.1, 1.0, 4), lr_scheduler.CosineAnnealingLR(o, 20)], [4]
+    ),
+    "nested": lambda o: lr_scheduler.SequentialLR(
+        o,
+        [
+            lr_scheduler.ConstantLR(o, 0.5, 2),
+            lr_scheduler.SequentialLR(
+                o, [lr_scheduler.LinearLR(o, 0.1, 1.0, 4), lr_scheduler.CosineAnnealingWarmRestarts(o, 3)], [4]
+            ),
+        ],
+        [2],
+    ),
+    "chained": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.LinearLR(o, 0.1, 1.0, 4), lr_scheduler.ExponentialLR(o, 0.95)], o
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("at", [1, 5, 11])
+@pytest.mark.parametrize("name", list(STEPPED))
+def test_going_on_gives_the_rates_of_the_uninterrupted_run(name: str, at: int) -> None:
+    def fresh() -> tuple[nn.Module, Optimizer, Schedule, OptimizerState]:
+        torch.manual_seed(0)
+        model = nn.Linear(2, 2)
+        sgd = SGD(model.parameters(), lr=1.0, momentum=0.9)
+        state = OptimizerState(model, sgd)
+        return model, sgd, Schedule(STEPPED[name](sgd)), state
+
+    def go(sgd: Optimizer, schedule: Schedule, steps: int) -> list[tuple[float, float]]:
+        found = []
+        for _ in range(steps):
+            sgd.step()
+            schedule.step()
+            found.append((sgd.param_groups[0]["lr"], sgd.param_groups[0]["momentum"]))
+        return found
+
+    _, sgd, schedule, _ = fresh()
+    expected = go(sgd, schedule, 18)
+    _, sgd, schedule, state = fresh()
+    go(sgd, schedule, at)
+    saved, counters = state.state_dict(), schedule.state_dict()
+    _, sgd, schedule, state = fresh()
+    state.load_state_dict(saved)
+    schedule.load_state_dict(counters)
+    assert go(sgd, schedule, 18 - at) == expected[at:]
+    assert schedule._scheduler.get_last_lr() == [expected[-1][0]]
+
+
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_a_plateau_goes_on_with_what_it_has_counted(at: int) -> None:
+    losses = [1.0, 0.9, 0.9, 0.9, 0.95, 0.8, 0.8, 0.8]
+
+    def go(schedule: Schedule, some: list[float]) -> list[float]:
+        found = []
+        for loss in some:
+            schedule.evaluated({"loss": loss})
+            found.append(schedule._scheduler.optimizer.param_groups[0]["lr"])
+        return found
+
+    expected = go(Schedule(plateau(optimizer(), cooldown=1)), losses)
+    first = Schedule(plateau(optimizer(), cooldown=1))
+    rate = ([1.0] + go(first, losses[:at]))[-1]
+    second = Schedule(plateau(optimizer(rate), cooldown=1))
+    second.load_state_dict(first.state_dict())
+    assert go(second, losses[at:]) == expected[at:]
+
+
+def test_options_changed_on_purpose_apply_after_going_on() -> None:
+    first = Schedule(linear(optimizer(), 10))
+    for _ in range(5):
+        first.step()
+    sgd = optimizer(4.0)
+    second = Schedule(linear(sgd, 20))
+    second.load_state_dict(first.state_dict())
+    assert sgd.param_groups[0]["lr"] == 4.0 * 0.75
+    second.step()
+    assert sgd.param_groups[0]["lr"] == pytest.approx(4.0 * (1 - 6 / 20))
+
+
+def test_options_of_torchs_schedulers_changed_on_purpose_apply_too() -> None:
+    first = Schedule(lr_scheduler.StepLR(optimizer(), 4, 0.5))
+    for _ in range(3):
+        first.step()
+    sgd = optimizer()
+    second = Schedule(lr_scheduler.StepLR(sgd, 4, 0.1))
+    second.load_state_dict(first.state_dict())
+    second.step()
+    assert sgd.param_groups[0]["lr"] == pytest.approx(0.1)
+
+
+class Phases(lr_scheduler.LRScheduler):
+    """A scheduler of the user's own, with a counter of its own."""
+
+    def __init__(self, sgd: Optimizer) -> None:
+        self.phase = 0
+        super().__init__(sgd)
+
+    def get_lr(self) -> list[float]:
+        self.phase += 1
+        return [base / self.phase for base in self.base_lrs]
+
+
+def test_a_schedulers_own_counters_are_kept() -> None:
+    first = Schedule(Phases(optimizer()))
+    for _ in range(5):
+        first.step()
+    second = Schedule(Phases(optimizer()))
+    second.load_state_dict(first.state_dict())
+    second.step()
+    assert second._scheduler.get_last_lr() == [1 / 7]
