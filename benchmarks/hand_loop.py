@@ -36,7 +36,9 @@ def main(steps: int) -> None:
             if step % 10 == 0:
                 now = time.perf_counter()
                 rate, started = 640 / (now - started), now
-                print(f"step {step} loss {loss.item():.4f} lr {scheduler.get_last_lr()[0]:.3g} {rate:.0f}/s", flush=True)
+                print(
+                    f"step {step} loss {loss.item():.4f} lr {scheduler.get_last_lr()[0]:.3g} {rate:.0f}/s", flush=True
+                )
             if step == steps:
                 break
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def timed(command: list[str], folder: str, *, output: Path | None = None) -> float:
     """Seconds of a command that must succeed, run in `folder`; what it prints goes to a file."""
-    with (output.open("w") if output else tempfile.TemporaryFile("w+")) as file:
+    with output.open("w") if output else tempfile.TemporaryFile("w+") as file:
         started = time.perf_counter()
         done = subprocess.run(
             command,
@@ -36,7 +36,9 @@ def timed(command: list[str], folder: str, *, output: Path | None = None) -> flo
 def machine() -> str:
     """One line on what this was measured with."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cpus} CPUs, {torch.get_num_threads()} threads, Python {platform.python_version()}, torch {torch.__version__}"
+    return (
+        f"{cpus} CPUs, {torch.get_num_threads()} threads, Python {platform.python_version()}, torch {torch.__version__}"
+    )
 
 
 PYTHON = sys.executable

@@ -79,5 +79,3 @@ def _verb(words: list[str], environment: Environment, started: float) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
-
-

@@ -48,6 +48,7 @@ class Parts:
     train: Any
     eval: Any
     collate: Callable[[list[Any]], Any] | None
+    plan: Plan
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
@@ -72,11 +73,11 @@ def check(config: Config) -> Parts:
     if isinstance(task, Task) and not problems:
         problems += task.check(train, "data.train")
         problems += [] if evaluation is None else task.check(evaluation, "data.eval")
-    if not problems:
-        problems += _warmup_problems(config, len(train))
     if problems:
         raise InputError(*problems)
-    return Parts(backend, task, train, evaluation, collate)
+    plan = _plan(config, _order(config, len(train)))
+    _check_warmup(config, plan)
+    return Parts(backend, task, train, evaluation, collate, plan)
 
 
 def _signatures(config: Config) -> list[Problem]:
@@ -125,15 +126,11 @@ def _not_a_task(task: Any, config: Config) -> list[Problem]:
     ]
 
 
-def _warmup_problems(config: Config, samples: int) -> list[Problem]:
-    """A warm-up of our schedules that does not fit into the run."""
+def _check_warmup(config: Config, plan: Plan) -> None:
+    """Raises InputError for a warm-up of our schedules that does not fit into the run."""
     warmup = (config["scheduler"] or {}).get("warmup")
     if isinstance(warmup, (int, float)):
-        try:
-            warmup_steps(warmup, _plan(config, _order(config, samples)).steps)
-        except InputError as error:
-            return list(error.problems)
-    return []
+        warmup_steps(warmup, plan.steps)
 
 
 def _device(config: Config) -> torch.device:
@@ -191,18 +188,26 @@ def _built(spec: Any, key: str) -> Any:
     try:
         return build.build(spec)
     except OSError as error:
-        raise wrong(key, f"{error.strerror or error}", "give the path of a file that can be read", value=error.filename) from error
+        raise wrong(
+            key, f"{error.strerror or error}", "give the path of a file that can be read", value=error.filename
+        ) from error
 
 
 def _data_problems(config: Config, key: str, dataset: Any) -> list[Problem]:
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        return [Problem(key, f"built a {type(dataset).__name__}, which has no length and index", "use a map-style data set")]
+        return [
+            Problem(key, f"built a {type(dataset).__name__}, which has no length and index", "use a map-style data set")
+        ]
     size = config["batch"]["global_size"]
     if len(dataset) == 0:
         return [Problem(key, "is empty: it has no sample", "check the file or the filter that made it")]
     if key == "data.train" and config["data"]["drop_last"] and len(dataset) < size:
         why = f"leaves nothing: {len(dataset)} samples are fewer than batch.global_size={size}"
-        return [Problem("data.drop_last", why, f"set it to false, or batch.global_size to at most {len(dataset)}", value=True)]
+        return [
+            Problem(
+                "data.drop_last", why, f"set it to false, or batch.global_size to at most {len(dataset)}", value=True
+            )
+        ]
     if config["data"]["group_by_length"] and not hasattr(dataset, "lengths"):
         why = f"needs a data set that tells the lengths of its samples, and {type(dataset).__name__} has no `lengths`"
         return [Problem("data.group_by_length", why, "set it to false, or give the data set a `lengths`", value=True)]
@@ -212,7 +217,9 @@ def _data_problems(config: Config, key: str, dataset: Any) -> list[Problem]:
 # --- the run --------------------------------------------------------------------------------------------------------
 
 
-def assemble(config: Config, parts: Parts, folder: RunFolder, *, resume: Path | None, terminal: str | None = None) -> Run:
+def assemble(
+    config: Config, parts: Parts, folder: RunFolder, *, resume: Path | None, terminal: str | None = None
+) -> Run:
     """Builds everything else and goes to where the checkpoint `resume` stands.
 
     Raises InputError where model, optimizer or scheduler turn out not to fit what the configuration says.
@@ -222,7 +229,7 @@ def assemble(config: Config, parts: Parts, folder: RunFolder, *, resume: Path | 
     torch.manual_seed(config["seed"])
     engine.prepare(_model_factory(config), _optimizer_factory(config, engine.device))
     train_data, eval_data = _loaders(config, parts, engine)
-    plan = _plan(config, train_data.order)
+    plan = parts.plan
     schedule = _schedule(config, engine, plan)
     progress = Progress()
     hooks = _hooks(config)
@@ -278,7 +285,9 @@ def _model_factory(config: Config) -> Callable[[], torch.nn.Module]:
         model = build.build(config["model"])
         if not isinstance(model, torch.nn.Module):
             target = config["model"]["_target_"]
-            raise wrong("model", f"built a {type(model).__name__}", "name something that gives a torch.nn.Module", value=target)
+            raise wrong(
+                "model", f"built a {type(model).__name__}", "name something that gives a torch.nn.Module", value=target
+            )
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise wrong("model", "has no parameter that can be trained", "unfreeze some")
         return model
@@ -370,5 +379,3 @@ def _save_every(config: Config, plan: Plan) -> SaveEvery:
     if every.get("epochs"):
         return SaveEvery(steps=every["epochs"] * plan.steps_per_epoch)
     return SaveEvery(every.get("steps"), every.get("seconds"))
-
-

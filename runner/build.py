@@ -72,11 +72,15 @@ def check(spec: Any, key: str, given: int = 0, also: Sequence[str] = ()) -> list
     if not isinstance(spec, Mapping):
         return []
     inside = {
-        name: value for name, value in spec.items() if name not in WORDS - {"_args_"} and isinstance(value, (Mapping, list))
+        name: value
+        for name, value in spec.items()
+        if name not in WORDS - {"_args_"} and isinstance(value, (Mapping, list))
     }
-    problems = [] if spec.get("_recursive_") is False else [
-        problem for name, value in inside.items() for problem in check(value, f"{key}.{name}")
-    ]
+    problems = (
+        []
+        if spec.get("_recursive_") is False
+        else [problem for name, value in inside.items() for problem in check(value, f"{key}.{name}")]
+    )
     if not is_spec(spec):
         return problems
     try:
@@ -202,7 +206,10 @@ def _missing(key: str, target: str, package: str) -> InputError:
     if top == "plugins":
         return _no(key, target, f"there is no {package}", "plugins lie in plugins/ of the current directory")
     return _no(
-        key, target, f"needs the package {top}, which is not installed", f"pip install {_ON_INDEX.get(top, top)}, or mend the name"
+        key,
+        target,
+        f"needs the package {top}, which is not installed",
+        f"pip install {_ON_INDEX.get(top, top)}, or mend the name",
     )
 
 

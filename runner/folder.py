@@ -42,7 +42,9 @@ class RunFolder:
             except FileExistsError:
                 continue
             except OSError as error:
-                raise wrong("run_dir", f"cannot be made: {error.strerror or error}", _WRITABLE, value=str(path)) from None
+                raise wrong(
+                    "run_dir", f"cannot be made: {error.strerror or error}", _WRITABLE, value=str(path)
+                ) from None
         raise wrong("run_dir", "no free name was found in 100 tries", "name one with run_dir=…", value=str(parent))
 
     @classmethod
@@ -51,7 +53,9 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
-            raise wrong("run_dir", "is a file", "name a directory, or a path that is not there yet", value=str(path)) from None
+            raise wrong(
+                "run_dir", "is a file", "name a directory, or a path that is not there yet", value=str(path)
+            ) from None
         except OSError as error:
             raise wrong("run_dir", f"cannot be made: {error.strerror or error}", _WRITABLE, value=str(path)) from None
         if not os.access(path, os.W_OK):

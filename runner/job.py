@@ -29,6 +29,7 @@ from runner.launch.worker import WorkPlan
 from runner.places import make_importable
 from runner.recipe.redact import redact
 from runner.train.loop import train
+from runner.train.progress import Plan
 from runner.train.run import Run
 
 DONE, FAILED, PREEMPTED, INTERRUPTED = 0, 1, 75, 130
@@ -53,7 +54,7 @@ def work(plan: WorkPlan) -> int:
         try:
             parts = check(plan.config)
             folder, resume = _folder(plan)
-            if folder is None:
+            if _finished(folder, parts.plan):
                 return DONE
             return _in_folder(plan, parts, folder, resume, signals, environment)
         except Interrupted as stop:
@@ -73,10 +74,6 @@ def _in_folder(
         folder.state("starting", step=0)
         _write_inputs(plan, folder)
         run = assemble(plan.config, parts, folder, resume=resume, terminal=plan.terminal)
-        if run.progress.step >= run.plan.steps:
-            log.info("%s is already complete: %d steps", _short(folder.path, plan), run.progress.step)
-            folder.state("completed", step=run.progress.step)
-            return DONE
         _introduce(run, plan)
         if resume is not None:
             log.info("  goes on  after step %d, from %s", run.progress.step, _short(resume, plan))
@@ -100,8 +97,17 @@ def _in_folder(
 # --- the folder -----------------------------------------------------------------------------------------------------
 
 
-def _folder(plan: WorkPlan) -> tuple[RunFolder | None, Path | None]:
-    """The run's folder and the checkpoint to go on from; no folder where there is nothing left to do."""
+def _finished(folder: RunFolder, length: Plan) -> bool:
+    """Whether a completed run has nothing left to do, and says so. One that stopped early is complete as well."""
+    told = folder.read_json("summary.json")
+    if not told or told.get("status") != "completed" or told.get("planned_steps", 0) < length.steps:
+        return False
+    log.info("%s is already complete: %d steps", folder.path.name, told["steps"])
+    return True
+
+
+def _folder(plan: WorkPlan) -> tuple[RunFolder, Path | None]:
+    """The run's folder and the checkpoint to go on from."""
     resume = plan.config["resume"]
     named = None if resume in ("auto", "never") else find(Path(plan.directory, resume))
     if plan.run_dir is None:
@@ -113,9 +119,19 @@ def _folder(plan: WorkPlan) -> tuple[RunFolder | None, Path | None]:
     if not any(path.iterdir()):
         return folder, named
     if resume == "never":
-        raise wrong("resume", f"never, and {plan.run_dir} is not empty", "name another run_dir, or say resume=auto", value=resume)
+        raise wrong(
+            "resume",
+            f"never, and {plan.run_dir} is not empty",
+            "name another run_dir, or say resume=auto",
+            value=resume,
+        )
     if not (path / "status.json").exists():
-        raise wrong("run_dir", "is not empty and holds no run", "name a run's folder, or one that is not there", value=plan.run_dir)
+        raise wrong(
+            "run_dir",
+            "is not empty and holds no run",
+            "name a run's folder, or one that is not there",
+            value=plan.run_dir,
+        )
     last = named or latest(path / "checkpoints")
     if last is not None:
         _refuse_drift(plan, folder)
@@ -236,7 +252,9 @@ def _ended(run: Run, plan: WorkPlan) -> int:
     if run.stop_reason:
         log.info("  stopped early: %s", run.stop_reason)
     if run.progress.skipped:
-        log.info("  %d steps changed no weight (%d of them by the loss scale)", run.progress.skipped, run.progress.overflows)
+        log.info(
+            "  %d steps changed no weight (%d of them by the loss scale)", run.progress.skipped, run.progress.overflows
+        )
     if run.signal is None:
         log.info("  %s", _short(run.folder.path / "summary.json", plan))
         return DONE
@@ -285,6 +303,7 @@ def _summary(status: str, run: Run | None, plan: WorkPlan) -> dict[str, Any]:
     summary = {
         **common,
         "steps": progress.step,
+        "planned_steps": run.plan.steps,
         "samples": progress.samples,
         "skipped_steps": progress.skipped,
         "train_seconds": seconds,
@@ -343,7 +362,9 @@ class _Signals:
             raise Interrupted(number)
         self.run.signal = number
         # No logging here: the signal may have come while the logger held its lock.
-        os.write(2, f"\n{signal.Signals(number).name}: finishing this step and saving; once more to leave at once\n".encode())
+        os.write(
+            2, f"\n{signal.Signals(number).name}: finishing this step and saving; once more to leave at once\n".encode()
+        )
 
 
 @contextmanager

@@ -20,7 +20,9 @@ def test_all_recipes_are_known() -> None:
     assert RECIPES == ["bert_sst2", "mlp_synthetic", "smoke"]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.network if n == "bert_sst2" else ()) for n in RECIPES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.network if n == "bert_sst2" else ()) for n in RECIPES]
+)
 def test_a_recipe_trains_two_steps(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([f"+recipe={name}", "train.steps=2", "log.every=1", "run_dir=r", *SHORT.get(name, [])]) == 0

@@ -59,7 +59,8 @@ class _Source:
     def lacks(self, line: int, missing: list[str], there: Sequence[str]) -> InputError:
         """A column is missing: names those that are there and the key that chooses."""
         words = [name for name, column in vars(self.columns).items() if column in missing]
-        close = (difflib.get_close_matches(missing[0], there, n=1) or ["COLUMN"])[0]
+        alike = difflib.get_close_matches(missing[0], there)
+        close = next((name for name in there if name in alike), "COLUMN")
         return self.error(
             line,
             f"no column {', '.join(map(repr, missing))}; there are {', '.join(map(repr, there)) or 'none'}",

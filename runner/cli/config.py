@@ -23,7 +23,9 @@ def show_config(invocation: Invocation) -> int:
     config: Any = composition.config if invocation.resolve else composition.unresolved
     for word in (invocation.package or "").split("."):
         if word and (not isinstance(config, dict) or word not in config):
-            raise wrong("--package", "there is no such key", "name a key of the configuration", value=invocation.package)
+            raise wrong(
+                "--package", "there is no such key", "name a key of the configuration", value=invocation.package
+            )
         config = config[word] if word else config
     print(dump(config), end="")
     return 0

@@ -72,5 +72,3 @@ def show(error: InputError, origins: dict[str, Mark], directory: Path, full: boo
 
         traceback.print_exception(error)
     print(render(list(error.problems), origins, directory=directory), file=sys.stderr, flush=True)
-
-

@@ -113,5 +113,3 @@ def _floats_as(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_floats_as(item, dtype) for item in value)
     return value
-
-

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 
-def global_norm(gradients: Sequence[Tensor]) -> Tensor:
+def global_norm(gradients: list[Tensor]) -> Tensor:
     """The 2-norm of all gradients as one vector: 0-d, float32 on the first gradient's device."""
     if not gradients:
         return torch.zeros(())
@@ -16,6 +14,6 @@ def global_norm(gradients: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(norms[0] if len(norms) == 1 else torch.stack(norms), dtype=torch.float32)
 
 
-def clip(gradients: Sequence[Tensor], norm: Tensor, max_norm: float) -> None:
+def clip(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
     """Scales the gradients in place so that their norm is at most `max_norm`, as torch's clip_grad_norm_ does."""
     torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))

@@ -38,7 +38,8 @@ def parameter_groups(model: nn.Module, no_decay: Sequence[str]) -> list[dict[str
                 return True
         return False
 
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (free if excluded(name) else decayed).append(parameter)
@@ -77,7 +78,7 @@ def plain_step(optimizer: Optimizer) -> Callable[[], Any]:
     second) and cost some 15 µs a step. The caller holds no_grad.
     """
     kind = type(optimizer)
-    bare = kind.step
+    bare: Any = kind.step
     while hasattr(bare, "__wrapped__"):
         bare = bare.__wrapped__
     ours = kind.__module__.startswith("torch.optim") and not optimizer.defaults.get("differentiable")

@@ -36,6 +36,10 @@ class Precision:
         """Whether arithmetic runs in another type than the weights have."""
         return self.compute_dtype != self.param_dtype
 
+    @property
+    def _uses_bf16(self) -> bool:
+        return torch.bfloat16 in (self.param_dtype, self.compute_dtype)
+
     def check(self, device: torch.device) -> list[Problem]:
         """What this device cannot do."""
         why = None
@@ -43,9 +47,8 @@ class Precision:
             why = f"{device.type} has no TF32"
         elif self.tf32 and torch.cuda.get_device_capability(device)[0] < 8:
             why = f"{torch.cuda.get_device_name(device)} has no TF32, which came with the Ampere generation"
-        elif torch.bfloat16 in (self.param_dtype, self.compute_dtype) and device.type == "cuda":
-            if not torch.cuda.is_bf16_supported(including_emulation=False):
-                why = f"{torch.cuda.get_device_name(device)} has no bfloat16 arithmetic"
+        elif self._uses_bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            why = f"{torch.cuda.get_device_name(device)} has no bfloat16 arithmetic"
         if why is None:
             return []
         works = [name for name, other in PRECISIONS.items() if name != self.name and not other.check(device)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from runner.errors import wrong
 from runner.train.hook import Hook
@@ -26,7 +27,7 @@ class Profiler(Hook):
         if not 1 <= first <= last:
             raise wrong("hooks.profiler", "first and last must be 1 <= first <= last", value=f"{first} to {last}")
         self.first, self.last, self.memory, self.rows = first, last, memory, rows
-        self._profiler = None
+        self._profiler: Any = None
 
     def on_step_start(self, run: Run) -> None:
         if run.progress.step + 1 != self.first:

@@ -21,6 +21,7 @@ from hydra.core.override_parser.types import Override, OverrideType, ValueType
 from hydra.core.utils import setup_globals
 from hydra.errors import HydraException
 from omegaconf._utils import get_omega_conf_dumper
+from omegaconf.errors import OmegaConfBaseException
 
 from runner.errors import Mark, Problem
 from runner.recipe.document import Keys
@@ -171,7 +172,7 @@ class _Composer:
             ).defaults
         except RecursionError:
             why, fix = "files include each other in a circle", "remove one of the entries"
-        except (HydraException, ValueError, AssertionError) as error:
+        except (HydraException, OmegaConfBaseException, ValueError, AssertionError) as error:
             why = str(error).strip().split("\n")[0] or "the defaults lists cannot be put together"
             fix = "see the defaults list of the recipe, and of the files that it names"
         recipe = self.repository.documents.get(f"{RECIPE}/{self.result.recipe}")

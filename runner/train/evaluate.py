@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -69,7 +70,8 @@ class Sums:
         entry[1] = entry[1] + count
 
     def means(self) -> dict[str, float]:
-        return {name: _number(total) / _number(count) for name, (total, count) in self._sums.items()}
+        numbers = {name: (_number(total), _number(count)) for name, (total, count) in self._sums.items()}
+        return {name: total / count if count else math.nan for name, (total, count) in numbers.items()}
 
 
 def _number(value: Any) -> float:

@@ -89,7 +89,7 @@ def _finish(run: Run, evaluated: int, saved: int) -> None:
     step = run.progress.step
     if run.eval_data is not None and evaluated != step and run.signal is None:
         evaluate_now(run)
-    if saved != step:
+    if saved != step or run.saving_asked:
         save_now(run)
     _fire(run, "on_run_end")
 
@@ -108,6 +108,8 @@ def evaluate_now(run: Run) -> None:
     run.metrics = {"split": "eval", "step": run.progress.step, **metrics}
     run.trackers.log(run.metrics)
     run.schedule.evaluated(metrics)
+    if run.checkpointer is not None and run.checkpointer.improves(metrics):
+        run.save_soon()
     _fire(run, "on_eval_end", metrics)
 
 
@@ -123,7 +125,7 @@ def save_now(run: Run) -> None:
     path = run.checkpointer.save(
         run.progress.step,
         {"config": dict(run.config), "samples": run.progress.samples},
-        metrics=run.metrics if fresh else None,
+        metrics={k: v for k, v in run.metrics.items() if k not in ("split", "step", "samples")} if fresh else None,
     )
     run.paused_seconds += time.perf_counter() - started
     run.folder.state("running", step=run.progress.step)

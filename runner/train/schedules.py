@@ -61,6 +61,7 @@ class Schedule:
         self._metric = metric
         by_metric = isinstance(scheduler, ReduceLROnPlateau)
         self.step: Callable[[], Any] = _nothing if scheduler is None or by_metric else scheduler.step
+        self._configured = {} if scheduler is None else _plain(scheduler.state_dict())
         self._plateau = scheduler if isinstance(scheduler, ReduceLROnPlateau) else None
 
     def evaluated(self, metrics: Mapping[str, float]) -> None:
@@ -74,14 +75,20 @@ class Schedule:
         self._plateau.step(metrics[self._metric])
 
     def state_dict(self) -> dict[str, Any]:
-        """The scheduler's counters; base rates and options stay the configuration's."""
-        return {} if self._scheduler is None else _counters(self._scheduler.state_dict())
+        """What the scheduler holds now, and what it held as configured: options that change are not carried over."""
+        return (
+            {}
+            if self._scheduler is None
+            else {"now": _plain(self._scheduler.state_dict()), "configured": self._configured}
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes what was saved, but for what the configuration now sets otherwise."""
         scheduler = self._scheduler
         if scheduler is None or not state:
             return
-        scheduler.load_state_dict(_with_counters(scheduler.state_dict(), state))
+        live = scheduler.state_dict()
+        scheduler.load_state_dict(_merged(live, self._configured, state["configured"], state["now"]))
         if isinstance(scheduler, LambdaLR):
             # Rates are computed from the configured base, so that a learning rate changed on purpose applies.
             for group, base, factor in zip(
@@ -90,23 +97,33 @@ class Schedule:
                 group["lr"] = base * factor(scheduler.last_epoch)
 
 
-def _counters(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What moves in a scheduler's state, also in those of schedulers inside it (SequentialLR, ChainedScheduler)."""
-    moving = {key: value for key, value in state.items() if key in _COUNTERS}
-    if "_schedulers" in state:
-        moving["_schedulers"] = [_counters(inner) for inner in state["_schedulers"]]
-    return moving
+_INSIDE = "_schedulers"  # of SequentialLR and ChainedScheduler
 
 
-def _with_counters(state: dict[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    merged = {**state, **{key: value for key, value in saved.items() if key != "_schedulers"}}
-    if "_schedulers" in saved:
-        pairs = zip(state["_schedulers"], saved["_schedulers"], strict=True)
-        merged["_schedulers"] = [_with_counters(inner, counters) for inner, counters in pairs]
+def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a scheduler's state can be written down, also in those of schedulers inside it; code makes the rest."""
+    found = {key: value for key, value in state.items() if _is_plain(value)}
+    if _INSIDE in state:
+        found[_INSIDE] = [_plain(inner) for inner in state[_INSIDE]]
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _merged(
+    live: Mapping[str, Any], now: Mapping[str, Any], then: Mapping[str, Any], saved: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A scheduler's state: `saved` where the configuration is the same `now` as `then`, else what is `live`."""
+    merged = dict(live)
+    merged |= {key: value for key, value in saved.items() if key in now and key in then and now[key] == then[key]}
+    if _INSIDE in live and len(live[_INSIDE]) == len(saved.get(_INSIDE, ())):
+        parts = zip(live[_INSIDE], now[_INSIDE], then[_INSIDE], saved[_INSIDE], strict=True)
+        merged[_INSIDE] = [_merged(*part) for part in parts]
     return merged
-
-
-_COUNTERS = frozenset({"last_epoch", "_step_count", "best", "num_bad_epochs", "cooldown_counter"})
 
 
 def _nothing() -> None:

@@ -1,4 +1,4 @@
-"""One optimizer step: forward and backward of its micro-batches, exact for any split; the update; what if not finite."""
+"""One optimizer step: forward and backward, exact for any split into micro-batches; the update; what if not finite."""
 
 from __future__ import annotations
 

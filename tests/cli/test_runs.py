@@ -70,7 +70,9 @@ def test_records_and_summary_have_the_keys_and_numbers_of_the_interface(cli: Cli
     assert [record["samples"] for record in training] == [64 * n for n in range(1, 9)]
     assert [record["epoch"] for record in training] == [n / 4 for n in range(1, 9)]
     for record in training:
-        assert {"split", "step", "epoch", "samples", "loss", "lr", "grad_norm", "time", "samples_per_second"} <= set(record)
+        assert {"split", "step", "epoch", "samples", "loss", "lr", "grad_norm", "time", "samples_per_second"} <= set(
+            record
+        )
     evaluations = records(tmp_path / "r", "eval")
     assert [(record["step"], record["samples"]) for record in evaluations] == [(8, 64), (16, 64)]
     told = summary(tmp_path / "r")
@@ -145,9 +147,7 @@ def test_a_change_that_is_allowed_applies(cli: Cli, tmp_path: Path) -> None:
     assert rates == [0.001] * 8 + [0.5] * 4
 
 
-def test_a_folder_that_is_no_run_is_left_alone(
-    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_that_is_no_run_is_left_alone(cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("dear")
     assert cli("+recipe=smoke", "run_dir=mine") == 2
@@ -249,9 +249,7 @@ def test_a_sweep_over_precisions_has_a_folder_a_job_and_a_table(
         assert f"{told['metrics']['loss']:.4f}" in line
 
 
-def test_a_bad_job_stops_a_sweep_before_it_starts(
-    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_job_stops_a_sweep_before_it_starts(cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli("-m", "+recipe=smoke", "precision=fp32,fp17") == 2
     assert "fp17" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()

@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-WORDS = ["+recipe=smoke", "train.epochs=null", "train.steps=3000", "log.every=1", "launch.threads=1", "eval.every=never"]
+WORDS = [
+    "+recipe=smoke",
+    "train.epochs=null",
+    "train.steps=3000",
+    "log.every=1",
+    "launch.threads=1",
+    "eval.every=never",
+]
 
 
 def _start(folder: Path, *words: str) -> subprocess.Popen[str]:
