@@ -26,38 +26,45 @@ def is_spec(value: Any) -> bool:
 
 def find(target: str, key: str = "_target_") -> Any:
     """The object that a dotted name names. Raises InputError: package missing, attribute unknown, import failing."""
-    parts = target.split(".")
+    parts = target.split(".") if isinstance(target, str) else []
     if not all(part.isidentifier() for part in parts) or len(parts) < 2:
         raise _no(key, target, "is not a dotted name", "write package.module.Name")
-    module: Any = None
-    for depth in range(len(parts), 0, -1):
-        name = ".".join(parts[:depth])
-        try:
-            module = importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
-                raise _missing(key, target, error.name or str(error)) from error
-            continue
-        except Exception as error:
-            raise _no(
-                key, target, f"importing {name} failed: {type(error).__name__}: {error}", "mend that module"
-            ) from error
-        break
-    if module is None:
-        raise _missing(key, target, parts[0])
-    found = module
+    found, depth = _module(parts, key, target)
     for i in range(depth, len(parts)):
         try:
             found = getattr(found, parts[i])
         except AttributeError:
             where = ".".join(parts[:i])
+            if where == "plugins":
+                raise _missing(key, target, f"plugins.{parts[i]}") from None
             close = get_close_matches(parts[i], [name for name in dir(found) if not name.startswith("_")], 3)
             fix = f"did you mean {' or '.join(f'{where}.{name}' for name in close)}?" if close else "look at its names"
             raise _no(key, target, f"{where} has no {parts[i]}", fix) from None
+        except Exception as error:
+            # A package that imports its parts only when they are asked for.
+            raise _broken(key, target, ".".join(parts[: i + 1]), error) from error
     if not callable(found):
         what = "a module" if inspect.ismodule(found) else f"a {type(found).__name__}"
         raise _no(key, target, f"is {what}, which cannot be called", "name a class or a function")
     return found
+
+
+def _module(parts: list[str], key: str, target: str) -> tuple[Any, int]:
+    """The innermost module that the name goes through, and how many of its parts that takes."""
+    module: Any = None
+    for depth in range(1, len(parts) + 1):
+        name = ".".join(parts[:depth])
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None:
+                raise _broken(key, target, name, error) from error
+            if error.name != name or module is None:
+                raise _missing(key, target, error.name) from error
+            return module, depth - 1
+        except Exception as error:
+            raise _broken(key, target, name, error) from error
+    return module, len(parts)
 
 
 def check(spec: Any, key: str, given: int = 0, also: Sequence[str] = ()) -> list[Problem]:
@@ -105,7 +112,9 @@ def _check_call(target: Any, spec: Mapping[str, Any], key: str, given: int, also
     problems = []
     for name, value in named.items():
         if name in taken:
-            problems.append(Problem(f"{key}.{name}", "is given by the runner itself", "remove it", value=value))
+            ours = any(p.name == name for p in positional[:given])
+            why = "is given by the runner itself" if ours else "is given twice: _args_ has it too"
+            problems.append(Problem(f"{key}.{name}", why, "remove it", value=value))
         elif name not in by_name and not takes_any:
             open_names = [n for n in by_name if n not in taken]
             close = get_close_matches(name, open_names, 1)
@@ -156,14 +165,15 @@ def _check_types(target: Any, named: Mapping[str, Any], key: str) -> list[Proble
             continue
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         right = {
-            int: number and float(value).is_integer() if number else False,
+            int: number and isinstance(value, int),
             float: number,
             bool: isinstance(value, bool),
             str: isinstance(value, str),
         }[hint]
         if not right:
             kind = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}[hint]
-            problems.append(Problem(f"{key}.{name}", f"must be {kind}", "", value=value))
+            whole = hint is int and number and float(value).is_integer()
+            problems.append(Problem(f"{key}.{name}", f"must be {kind}", f"write {int(value)}" if whole else "", value=value))
     return problems
 
 
@@ -199,6 +209,10 @@ def accepts(target: Any, name: str) -> bool:
 
 def _no(key: str, target: str, why: str, fix: str) -> InputError:
     return InputError(Problem(key, why, fix, value=target))
+
+
+def _broken(key: str, target: str, name: str, error: Exception) -> InputError:
+    return _no(key, target, f"importing {name} failed: {type(error).__name__}: {error}", "mend that module")
 
 
 def _missing(key: str, target: str, package: str) -> InputError:

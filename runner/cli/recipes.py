@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from runner.errors import InputError, Mark, Problem
+from runner.errors import InputError, Problem
+from runner.recipe.overrides import COMMAND_LINE
 from runner.recipe.sources import Found, search, unknown_recipe
 from runner.recipe.sources import recipes as find
 
@@ -47,10 +48,13 @@ def _arguments(argv: Sequence[str]) -> tuple[list[str] | None, bool, list[Path]]
         if word == "--json":
             as_json = True
         elif flag in ("--config-dir", "-cd"):
-            config_dirs.append(Path(value if equals else next(words, "")))
+            folder = Path(value if equals else next(words, ""))
+            if not folder.is_dir():
+                raise InputError(Problem(f"{flag} {folder}", "there is no such folder", "name one", mark=COMMAND_LINE))
+            config_dirs.append(folder)
         elif word.startswith("-") or names:
             why = "there is no such flag" if word.startswith("-") else "one recipe can be printed at a time"
-            raise InputError(Problem(word, why, "usage: runner recipes [NAME] [--json]", mark=Mark("command line")))
+            raise InputError(Problem(word, why, "usage: runner recipes [NAME] [--json]", mark=COMMAND_LINE))
         else:
             names.append(word)
     return names, as_json, config_dirs
@@ -67,7 +71,7 @@ def _print_one(name: str, found: Sequence[Found], as_json: bool) -> None:
             if as_json:
                 print()
             return
-    raise InputError(unknown_recipe(name, [recipe.name for recipe in found], Mark("command line")))
+    raise InputError(unknown_recipe(name, [recipe.name for recipe in found], COMMAND_LINE))
 
 
 def _plain(recipe: Found) -> dict[str, str | None]:

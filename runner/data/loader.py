@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from copy import copy
+from dataclasses import fields, is_dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -100,13 +102,20 @@ def _fetcher(dataset: Any, collate: Collate | None) -> Callable[[Tensor], Any]:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The same nested structure with its tensors on `device`; what is no tensor stays as it is."""
+    """The same nested structure with its tensors, and what else has a `to`, on `device`; the rest stays as it is."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return type(batch)({key: to_device(value, device) for key, value in batch.items()})
+    if isinstance(batch, MutableMapping):
+        moved = copy(batch)
+        for key, value in batch.items():
+            moved[key] = to_device(value, device)
+        return moved
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(value, device) for value in batch))
     if isinstance(batch, (list, tuple)):
         return type(batch)(to_device(value, device) for value in batch)
+    if hasattr(batch, "to"):
+        return batch.to(device)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return replace(batch, **{f.name: to_device(getattr(batch, f.name), device) for f in fields(batch) if f.init})
     return batch

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
+from copy import copy
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -101,15 +103,18 @@ def _floats_as(value: Any, dtype: torch.dtype) -> Any:
     """The same nested structure with its floating-point tensors as `dtype`."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        if type(value) is dict:
-            return {key: _floats_as(item, dtype) for key, item in value.items()}
-        # A model's output class: filled again in place, so that its attributes follow.
-        for key, item in list(value.items()):
-            value[key] = _floats_as(item, dtype)  # type: ignore[index]
-        return value
+    if type(value) is dict:
+        return {key: _floats_as(item, dtype) for key, item in value.items()}
+    if isinstance(value, MutableMapping):
+        # A model's output class: a copy that is filled item by item, so that its attributes follow.
+        filled = copy(value)
+        for key, item in value.items():
+            filled[key] = _floats_as(item, dtype)
+        return filled
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_floats_as(item, dtype) for item in value))
     if isinstance(value, (list, tuple)):
         return type(value)(_floats_as(item, dtype) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _floats_as(getattr(value, f.name), dtype) for f in fields(value) if f.init})
     return value

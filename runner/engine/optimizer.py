@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 _FUSED_DEVICES = ("cpu", "cuda", "mps")
 
@@ -87,7 +88,8 @@ def plain_step(optimizer: Optimizer) -> Callable[[], Any]:
         return lambda: optimizer.step()
 
     def step() -> None:
-        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+        if own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
             optimizer.step()
         else:
             bare(optimizer)

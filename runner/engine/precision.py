@@ -60,5 +60,5 @@ PRECISIONS = {
     "tf32": Precision("tf32", tf32=True),
     "bf16": Precision("bf16", compute_dtype=torch.bfloat16),
     "fp16": Precision("fp16", compute_dtype=torch.float16, loss_scaling=LossScaling()),
-    "bf16_full": Precision("bf16_full", param_dtype=torch.bfloat16, compute_dtype=torch.bfloat16),
+    "bf16_full": Precision("bf16_full", torch.bfloat16, torch.bfloat16, torch.bfloat16),
 }

@@ -90,6 +90,8 @@ class _Composer:
         self.result.notes = self.repository.notes
         self.problems = self.result.problems
         self.chosen: dict[str, Choice] = {}
+        #: `+group@package=option`: package, group, choice.
+        self.placed: list[tuple[str, str, Choice]] = []
         for given in config_dirs:
             if not (directory / given).is_dir():
                 problem = Problem(f"--config-dir {given}", "there is no such folder", "name one that exists")
@@ -114,7 +116,12 @@ class _Composer:
         value = given.value
         is_list = isinstance(value, list) and all(isinstance(v, str) for v in value)
         is_name = value is None or is_list or (isinstance(value, str) and "${" not in value)
-        if given.key != RECIPE and not (is_name and self.repository.group_exists(given.key)):
+        if given.key != RECIPE and not (is_name and self.repository.offers(given.key)):
+            return False
+        if given.package is not None and given.key != RECIPE and not given.delete:
+            self.placed.append((given.package, given.key, Choice(value, COMMAND_LINE)))
+            return True
+        if given.package is not None:
             return False
         if given.delete and value is not None:
             current = self.repository.root_groups.get(given.key)
@@ -162,6 +169,9 @@ class _Composer:
                     continue
                 kind = OverrideType.DEL
             found.append(Override(kind, group, ValueType.ELEMENT, choice.value, input_line=group))
+        for package, group, choice in self.placed:
+            self.repository.ask(group, choice)
+            found.append(Override(OverrideType.ADD, group, ValueType.ELEMENT, choice.value, package, group))
         return found
 
     def _layers(self) -> list[ResultDefault]:
@@ -176,7 +186,8 @@ class _Composer:
             why = str(error).strip().split("\n")[0] or "the defaults lists cannot be put together"
             fix = "see the defaults list of the recipe, and of the files that it names"
         recipe = self.repository.documents.get(f"{RECIPE}/{self.result.recipe}")
-        self.problems.append(Problem("defaults", why, fix, mark=recipe.mark("defaults") if recipe else None))
+        mark = recipe.mark("defaults") if recipe and recipe.defaults else None
+        self.problems.append(Problem("defaults", why, fix, mark=mark))
         return []
 
     # Merging

@@ -105,8 +105,6 @@ def _set(found: Invocation, name: str, flag: str, value: str) -> None:
     elif choices and value not in choices:
         found.problems.append(_problem(f"{flag} {value}", f"{flag} takes {' or '.join(choices)}", ""))
     elif name == "config_dirs":
-        if not Path(value).is_dir():
-            found.problems.append(_problem(f"{flag} {value}", "there is no such folder", "name one that exists"))
         found.config_dirs.append(Path(value))
     else:
         setattr(found, name, value)

@@ -20,7 +20,8 @@ from omegaconf import OmegaConf
 
 from runner.errors import Mark, Problem
 from runner.places import BUILTIN, plugin_folders
-from runner.recipe.document import Document, Keys, comments, read
+from runner.recipe.document import Document, comments, read
+from runner.recipe.schema import Config, Specs, keys_of
 
 #: The root configuration's name, and the group that the flat folders recipes/ are offered as.
 ROOT = "runner"
@@ -82,7 +83,11 @@ class Folder(ConfigSource):
 
 def search(directory: Path, config_dirs: Iterable[Path] = ()) -> list[Folder]:
     """All folders with configuration, the first that has a file wins: the user's own, then the built-in ones."""
-    folders = [("./conf", directory / "conf", ""), ("./recipes", directory / "recipes", RECIPE)]
+    in_checkout = directory.resolve() == BUILTIN.resolve()
+    folders = [
+        ("built-in" if in_checkout else "./conf", directory / "conf", ""),
+        ("built-in" if in_checkout else "./recipes", directory / "recipes", RECIPE),
+    ]
     for given in config_dirs:
         path = directory / given
         folders += [(str(given), path, ""), (f"{given}/recipes", path / "recipes", RECIPE)]
@@ -93,9 +98,6 @@ def search(directory: Path, config_dirs: Iterable[Path] = ()) -> list[Folder]:
     for provider, path, group in folders:
         if path.is_dir():
             seen.setdefault((os.path.realpath(path), group), Folder(provider, path, group))
-    if directory.resolve() == BUILTIN.resolve():
-        for folder in seen.values():
-            folder.provider = folder.provider.replace("./conf", "built-in").replace("./recipes", "built-in")
     return list(seen.values())
 
 
@@ -169,7 +171,13 @@ class Repository(ConfigRepository):
     def groups(self) -> list[str]:
         """The names of all groups at the top, without `recipe`."""
         names = {name for folder in self.sources for name in folder.list("", ObjectType.GROUP)}
-        return sorted(name for name in names - {RECIPE} if self.options(name))
+        return sorted(name for name in names - {RECIPE} if self.offers(name) and self.options(name))
+
+    def offers(self, key: str) -> bool:
+        """Whether a key chooses an option of a group. A folder called seed/ does not make the number a group."""
+        known = keys_of(Config).get(key)
+        is_value = known is not None and known.section is None and not known.builds and known.kinds != (Specs,)
+        return not is_value and self.group_exists(key)
 
     def files(self, config_path: str) -> list[tuple[Folder, Path]]:
         """Every file of that path, the one that wins first."""
@@ -235,12 +243,10 @@ class Repository(ConfigRepository):
         group, _, name = config_path.rpartition("/")
         (folder, path), (other, _) = files[0], files[1]
         what = f"{group} {name}" if group else "the root configuration"
-        shown = f"{folder.provider}/{path.relative_to(folder.path)}" if folder.provider[0] == "." else str(path)
-        self.notes.append(
-            f"{what} is {shown}, which replaces the one of {other.provider}".replace(
-                "the one of built-in", "the built-in one"
-            )
-        )
+        own = folder.provider.startswith("./")
+        shown = f"{folder.provider}/{path.relative_to(folder.path)}" if own else str(path)
+        replaced = "the built-in one" if other.provider == "built-in" else f"the one of {other.provider}"
+        self.notes.append(f"{what} is {shown}, which replaces {replaced}")
 
     def _refuse_hydra(self, document: Document) -> None:
         if "hydra" in document.data:
@@ -252,7 +258,7 @@ class Repository(ConfigRepository):
     def _choices(self, document: Document) -> dict[str, Choice]:
         """Takes the beginner's form out of the data: `precision: bf16` chooses the option of a group."""
         chosen = {}
-        for key in [k for k in document.data if isinstance(k, str) and self.group_exists(k) and k != RECIPE]:
+        for key in [k for k in document.data if isinstance(k, str) and self.offers(k) and k != RECIPE]:
             value = document.data[key]
             if value is None or isinstance(value, str):
                 pass
@@ -402,6 +408,3 @@ def recipes(folders: Sequence[Folder]) -> list[Found]:
                 continue
             found[name] = Found(name, next(comments(path), ""), folder.provider, path)
     return [found[name] for name in sorted(found)]
-
-
-__all__ = ["RECIPE", "ROOT", "Choice", "Folder", "Found", "Keys", "Repository", "near", "recipes", "search"]

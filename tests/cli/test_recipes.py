@@ -67,7 +67,8 @@ def test_one_recipe_is_printed(here, capsys):
 
 
 @pytest.mark.parametrize(
-    ("argv", "fix"), [(["smok"], "did you mean smoke?"), (["--x"], "usage"), (["a", "b"], "usage")]
+    ("argv", "fix"),
+    [(["smok"], "did you mean smoke?"), (["--x"], "usage"), (["-cd", "/nosuch"], "name one"), (["a", "b"], "usage")],
 )
 def test_wrong_arguments(argv, fix, here):
     with pytest.raises(InputError) as caught:

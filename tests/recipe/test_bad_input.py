@@ -260,6 +260,7 @@ def test_values(lines, key, why, fix, line, project):
         ("name=f(3)", "name", "cannot be read", "quotes"),
         ("=3", "", "", ""),
         ("seed@x=3", "seed", "no group", ""),
+        ("recipe@x=smoke", "recipe", "no group", ""),
         ("batch.micro_size=5", "batch.micro_size", "32 = 5 x ? x 1", "batch.micro_size=4 or batch.micro_size=8"),
         ("accumulation.steps=3", "accumulation.steps", "32 = ? x 3 x 1", "accumulation.steps=2 or accumulation.steps=4"),
         ("batch.micro_size=100", "batch.micro_size", "32 = 100 x ?", "batch.micro_size=16 or batch.micro_size=32"),

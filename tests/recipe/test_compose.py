@@ -362,3 +362,31 @@ def test_a_thousand_recipes_cost_nothing(project, good):
     start = time.perf_counter()
     assert compose(["+recipe=r7"], directory=project.folder).check() == []
     assert time.perf_counter() - start < 1.0
+
+
+def test_an_option_can_be_placed_elsewhere(project):
+    overrides = ["+optimizer@model.inner=sgd", "+optimizer@model.inner.deeper=adam"]
+    composition = project.compose("+recipe=smoke", *overrides)
+    assert composition.check() == []
+    assert composition.config["model"]["inner"]["_target_"] == "torch.optim.SGD"
+    assert composition.config["model"]["inner"]["deeper"]["_target_"] == "torch.optim.Adam"
+    assert composition.config["optimizer"]["_target_"] == "torch.optim.AdamW"
+
+
+def test_a_folder_with_the_name_of_a_value_is_no_group(project):
+    project.write("conf/seed/a.yaml", "x: 1\n")
+    composition = project.compose("+recipe=smoke", "seed=3")
+    assert composition.check() == []
+    assert composition.config["seed"] == 3
+    assert "seed" not in composition.options
+
+
+def test_a_root_configuration_of_ones_own(project):
+    root = (BUILTIN / "conf/runner.yaml").read_text().replace("precision: fp32", "precision: bf16")
+    project.write("conf/runner.yaml", root + "scheduler: cosine\nseed: 5\n")
+    composition = project.compose("+recipe=smoke")
+    assert composition.check() == []
+    assert composition.config["precision"]["name"] == "bf16"
+    assert composition.config["scheduler"]["_target_"] == "runner.train.schedules.cosine"
+    assert composition.config["seed"] == 5
+    assert "the root configuration is ./conf/runner.yaml, which replaces the built-in one" in composition.notes

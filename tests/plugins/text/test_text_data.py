@@ -25,7 +25,7 @@ def reviews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, 
         rows.append((text, rating))
     lines = [f"{number}\t{rating}\t{text}" for number, (text, rating) in enumerate(rows, 1)]
     path = tmp_path / "reviews.txt"
-    path.write_bytes("\r\n".join(lines).encode("latin-1"))
+    path.write_bytes("\r\n".join(lines).encode("utf-8"))
     monkeypatch.setattr(packages, "movie_reviews", lambda: path)
     return rows
 
