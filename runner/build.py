@@ -173,7 +173,9 @@ def _check_types(target: Any, named: Mapping[str, Any], key: str) -> list[Proble
         if not right:
             kind = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}[hint]
             whole = hint is int and number and float(value).is_integer()
-            problems.append(Problem(f"{key}.{name}", f"must be {kind}", f"write {int(value)}" if whole else "", value=value))
+            problems.append(
+                Problem(f"{key}.{name}", f"must be {kind}", f"write {int(value)}" if whole else "", value=value)
+            )
     return problems
 
 

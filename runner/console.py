@@ -4,25 +4,50 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
 from typing import TextIO
 
-#: Goes to the start of the line and clears it: whatever a live line has drawn is gone.
-CLEAR_LINE = "\r\x1b[K"
-
 log = logging.getLogger("runner")
 
 
+class _LiveLine:
+    """The line at the bottom of a terminal that is drawn anew again and again, where one stands."""
+
+    stands = False
+
+    def draw(self, line: str) -> None:
+        """Draws it, cut to the terminal's width."""
+        self.stands = True
+        say(_CLEAR + line[: shutil.get_terminal_size().columns - 1], sys.stdout)
+
+    def clear(self) -> None:
+        if self.stands:
+            self.stands = False
+            say(_CLEAR, sys.stdout)
+
+    def leave(self) -> None:
+        """Lets it stand for good and goes on below it."""
+        if self.stands:
+            self.stands = False
+            say("\n", sys.stdout)
+
+
+#: Goes to the start of the line and clears it.
+_CLEAR = "\r\x1b[K"
+
+live_line = _LiveLine()
+
+
 class _Terminal(logging.Handler):
-    """Writes to today's sys.stdout, errors to sys.stderr, over a live line where one may stand."""
+    """Writes to today's sys.stdout, errors to sys.stderr, in the place of a live line where one stands."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
+        live_line.clear()
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        clear = CLEAR_LINE if stream.isatty() else ""
-        say(f"{clear}{prefix}{record.getMessage()}\n", stream)
+        say(f"{prefix}{record.getMessage()}\n", sys.stderr if record.levelno >= logging.ERROR else sys.stdout)
 
 
 def say(text: str, stream: TextIO) -> None:

@@ -75,7 +75,7 @@ def _git(directory: Path) -> dict[str, Any] | None:
 def _run(directory: Path, *command: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", str(directory), *command],
+            ["git", "--no-optional-locks", "-C", str(directory), *command],
             capture_output=True,
             timeout=20,
             encoding="utf-8",

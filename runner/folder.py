@@ -108,8 +108,9 @@ _WRITABLE = "give a path that you may write to"
 
 
 def _plain(name: str) -> str:
-    """The name as a part of a file name."""
-    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)[:80] or "run"
+    """The name as a part of a file name, of 80 bytes at most."""
+    plain = "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
+    return plain.encode()[:80].decode(errors="ignore") or "run"
 
 
 def finite(value: Any) -> Any:

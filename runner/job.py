@@ -27,7 +27,7 @@ from runner.errors import InputError, Problem, RunnerError, wrong
 from runner.folder import RunFolder
 from runner.launch.worker import WorkPlan
 from runner.places import make_importable
-from runner.recipe.redact import redact
+from runner.recipe.redact import redact, redact_command
 from runner.train.loop import train
 from runner.train.progress import Plan
 from runner.train.run import Run
@@ -240,8 +240,9 @@ def _count(number: int) -> str:
 
 def _ended(run: Run, plan: WorkPlan) -> int:
     """Writes the summary of a training that ended in order and says how it ended."""
-    status = "interrupted" if run.signal is not None else "completed"
-    reason = f"{signal.Signals(run.signal).name}" if run.signal is not None else run.stop_reason
+    stopped = None if run.complete else run.signal
+    status = "completed" if stopped is None else "interrupted"
+    reason = run.stop_reason if stopped is None else signal.Signals(stopped).name
     summary = _summary(status, run, plan)
     run.folder.write_json("summary.json", summary)
     run.folder.state(status, step=run.progress.step, reason=reason)
@@ -255,11 +256,11 @@ def _ended(run: Run, plan: WorkPlan) -> int:
         log.info(
             "  %d steps changed no weight (%d of them by the loss scale)", run.progress.skipped, run.progress.overflows
         )
-    if run.signal is None:
+    if stopped is None:
         log.info("  %s", _short(run.folder.path / "summary.json", plan))
         return DONE
     _say_how_to_go_on(plan, run.folder)
-    return _exit_code(run.signal)
+    return _exit_code(stopped)
 
 
 def _failed(error: BaseException, run: Run | None, folder: RunFolder, plan: WorkPlan) -> int:
@@ -328,7 +329,7 @@ def _command(plan: WorkPlan, run_dir: str | None) -> str:
     words = [f"+{word}" if word.startswith("recipe=") else word for word in plan.command]
     if run_dir is not None and not any(word.lstrip("+").startswith("run_dir=") for word in words):
         words = [*words, f"run_dir={run_dir}"]
-    return shlex.join(["python", "-m", "runner", *words])
+    return shlex.join(["python", "-m", "runner", *redact_command(words)])
 
 
 def _short(path: Path, plan: WorkPlan) -> str:

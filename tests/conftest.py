@@ -23,7 +23,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture()
+@pytest.fixture
 def quiet(_one_thread: None) -> Iterator[None]:
     """One thread, and torch's generator as it was afterwards."""
     import torch
@@ -32,7 +32,7 @@ def quiet(_one_thread: None) -> Iterator[None]:
         yield
 
 
-@pytest.fixture()
+@pytest.fixture
 def job(quiet: None, tmp_path: Path) -> Callable[..., Result]:
     """`job(run_dir, **changes)`: runs small.config(**changes) in this process, in a folder of the test's own."""
     from small import config, run_job

@@ -24,11 +24,11 @@ from runner.engine.single import Single
 from runner.folder import RunFolder
 from runner.launch.worker import WorkPlan
 from runner.tasks.classification import Classification
+from runner.trackers import Trackers
 from runner.train.hook import Hook, events
 from runner.train.progress import Plan, Progress
 from runner.train.run import Run, SaveEvery, Settings
 from runner.train.schedules import Schedule
-from runner.trackers import Trackers
 
 CPU = torch.device("cpu")
 FEATURES, CLASSES = 8, 3
@@ -102,8 +102,16 @@ def config(**changes: Any) -> dict[str, Any]:
 
 def precision_config(name: str) -> dict[str, Any]:
     precision, scaling = PRECISIONS[name], PRECISIONS[name].loss_scaling
-    dtypes = {key: str(getattr(precision, key)).removeprefix("torch.") for key in ("param_dtype", "compute_dtype", "reduce_dtype")}
-    return {"name": name, **dtypes, "tf32": precision.tf32, "loss_scaling": None if scaling is None else dict(vars(scaling))}
+    dtypes = {
+        key: str(getattr(precision, key)).removeprefix("torch.")
+        for key in ("param_dtype", "compute_dtype", "reduce_dtype")
+    }
+    return {
+        "name": name,
+        **dtypes,
+        "tf32": precision.tf32,
+        "loss_scaling": None if scaling is None else dict(vars(scaling)),
+    }
 
 
 class Watch(Hook):

@@ -16,7 +16,9 @@ from runner.errors import InputError, Problem
 class Box:
     """Takes anything plain."""
 
-    def __init__(self, size: int, ratio: float = 1.0, name: str = "box", open: bool = False, inside: Any = None) -> None:
+    def __init__(
+        self, size: int, ratio: float = 1.0, name: str = "box", open: bool = False, inside: Any = None
+    ) -> None:
         self.size, self.ratio, self.name, self.open, self.inside = size, ratio, name, open, inside
 
     @classmethod
@@ -187,7 +189,9 @@ def test_an_argument_that_is_also_among_the_positional_ones() -> None:
 def test_too_many_positional_arguments() -> None:
     spec = {"_target_": f"{HERE}.only", "_args_": [1, 2, 3]}
     assert problems(spec) == [("model._args_", f"{HERE}.only takes 2 positional arguments")]
-    assert problems({**spec, "_args_": [1, 2]}, given=1) == [("model._args_", f"{HERE}.only takes 2 positional arguments")]
+    assert problems({**spec, "_args_": [1, 2]}, given=1) == [
+        ("model._args_", f"{HERE}.only takes 2 positional arguments")
+    ]
     assert problems({"_target_": f"{HERE}.pair", "_args_": list(range(9))}) == []
 
 
@@ -246,7 +250,9 @@ def test_all_problems_at_once_with_their_keys() -> None:
 
 
 def test_positional_specs_are_checked() -> None:
-    assert problems({"_target_": f"{HERE}.pair", "_args_": [box(), 1]}) == [("model._args_.0", f"{HERE}.Box needs size")]
+    assert problems({"_target_": f"{HERE}.pair", "_args_": [box(), 1]}) == [
+        ("model._args_.0", f"{HERE}.Box needs size")
+    ]
 
 
 def test_specs_are_left_alone_where_they_are_not_built() -> None:

@@ -13,6 +13,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from runner.errors import wrong
+
 _FUSED_DEVICES = ("cpu", "cuda", "mps")
 
 
@@ -76,12 +78,16 @@ def plain_step(optimizer: Optimizer) -> Callable[[], Any]:
     """The optimizer's step without the guards for torch.compile and the profiler, where that changes nothing.
 
     For torch's own optimizers as long as no step hooks are registered: the guards import torch._dynamo (about a
-    second) and cost some 15 µs a step. The caller holds no_grad.
+    second) and cost some 15 µs a step. The caller holds no_grad. Raises InputError for one that needs a closure.
     """
     kind = type(optimizer)
     bare: Any = kind.step
     while hasattr(bare, "__wrapped__"):
         bare = bare.__wrapped__
+    closure = inspect.signature(bare).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        why = "computes the loss several times a step (it needs a closure), and a step here computes it once"
+        raise wrong("optimizer._target_", why, "choose another optimizer", value=f"{kind.__module__}.{kind.__name__}")
     ours = kind.__module__.startswith("torch.optim") and not optimizer.defaults.get("differentiable")
     if not ours or "torch._dynamo" in sys.modules:
         # Looked up at each call: a scheduler that is made later puts its own in this place.

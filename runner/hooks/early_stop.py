@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,13 +40,13 @@ class EarlyStop(Hook):
                 value=self.metric,
             )
         value = self._sign * metrics[self.metric]
-        if self._best is None or value > self._best + self.min_delta:
+        if not math.isnan(value) and (self._best is None or value > self._best + self.min_delta):
             self._best, self._waited = value, 0
             return
         self._waited += 1
         if self._waited >= self.patience:
-            best = self._sign * self._best
-            run.stop(f"{self.metric} has not been better than {best:.6g} for {self._waited} evaluations (early_stop)")
+            best = "not a number" if self._best is None else f"not better than {self._sign * self._best:.6g}"
+            run.stop(f"{self.metric} has been {best} for {self._waited} evaluations (early_stop)")
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self._best, "waited": self._waited}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -42,7 +41,7 @@ class Progress(Hook):
             now = time.perf_counter()
             if now >= self._next:
                 self._next = now + self._pause
-                self._draw(self._line(run, live=True))
+                console.live_line.draw(self._line(run, live=True))
             return
         if run.record.get("step") == self._shown or not run.record:
             return
@@ -58,17 +57,15 @@ class Progress(Hook):
 
     def on_checkpoint_saved(self, run: Run, path: Path) -> None:
         if self._live:
-            self._draw(f"saved {path}")
+            console.live_line.draw(f"saved {path}")
 
     def on_run_end(self, run: Run) -> None:
         if run.record and run.record.get("step") != self._shown:
             self._print(self._line(run))
-        elif self._live:
-            console.say(console.CLEAR_LINE, sys.stdout)
+        console.live_line.clear()
 
     def on_exception(self, run: Run, error: BaseException) -> None:
-        if self._live:
-            console.say("\n", sys.stdout)
+        console.live_line.leave()
 
     def _line(self, run: Run, live: bool = False) -> str:
         plan, record = run.plan, run.record
@@ -98,10 +95,6 @@ class Progress(Hook):
         minutes, second = divmod(round(seconds), 60)
         hours, minute = divmod(minutes, 60)
         return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
-
-    def _draw(self, line: str) -> None:
-        width = shutil.get_terminal_size().columns
-        console.say(console.CLEAR_LINE + (line if len(line) < width else line[: width - 1]), sys.stdout)
 
     def _print(self, line: str) -> None:
         # By the logger, which also keeps it in the run's logs; it clears the live line.

@@ -1,9 +1,9 @@
-"""Secrets out of a configuration before it is written down."""
+"""Secrets out of a configuration and a command line before they are written down."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 REDACTED = "<redacted>"
@@ -14,28 +14,62 @@ _FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*([^,}\s]+)")
 def redact(config: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration with secrets replaced.
 
-    A string under a key whose last word is token, key, password or secret (`hub_token`; not `tokenizer`, `text_key`
-    of a column name is the documented exception) becomes `<redacted>`. A value that comes from an environment variable
-    of such a name keeps its interpolation, as it stands in `written`.
+    A string under a key whose last word is token, key, password or secret (`hub_token`; not `tokenizer`, nor the
+    `text_key` of a data set's column) becomes `<redacted>`. A value that comes from an environment variable of such a
+    name, or that refers to a secret, keeps its interpolation, as it stands in `written`.
     """
-    return {key: _one(str(key), value, written.get(key)) for key, value in config.items()}
+    secrets = {value for value in _secrets("", config, written) if value}
+    return {key: _one(str(key), value, written.get(key), secrets) for key, value in config.items()}
 
 
-def _one(key: str, value: Any, written: Any) -> Any:
-    if isinstance(value, Mapping):
-        return redact(value, written if isinstance(written, Mapping) else {})
-    if isinstance(value, list):
-        old = written if isinstance(written, list) and len(written) == len(value) else [None] * len(value)
-        return [_one(key, item, before) for item, before in zip(value, old, strict=True)]
-    if isinstance(value, str):
-        if isinstance(written, str) and any(is_secret(name) for name in _FROM_ENVIRONMENT.findall(written)):
-            return written
-        if is_secret(key):
-            return REDACTED
-    return value
+def redact_command(words: Sequence[str]) -> list[str]:
+    """A command line whose overrides of secret keys have lost their values."""
+    return [
+        f"{key}={REDACTED}" if equals and is_secret(key) else word
+        for word in words
+        for key, equals, _ in [word.partition("=")]
+    ]
 
 
 def is_secret(name: str) -> bool:
     """Whether a name's last word says that its value is secret."""
     words = [word for word in re.split(r"[_\-.]", name.lower()) if word]
     return bool(words) and words[-1] in _SECRET and words[:1] not in (["text"], ["pair"], ["label"])
+
+
+def _from_secret_variable(written: Any) -> bool:
+    return isinstance(written, str) and any(is_secret(name) for name in _FROM_ENVIRONMENT.findall(written))
+
+
+def _pairs(value: Any, written: Any) -> Iterator[tuple[str | None, Any, Any]]:
+    """The items of a mapping or list beside what was written for them; the name is None in a list."""
+    if isinstance(value, Mapping):
+        before = written if isinstance(written, Mapping) else {}
+        yield from ((str(key), item, before.get(key)) for key, item in value.items())
+    elif isinstance(value, list):
+        same = isinstance(written, list) and len(written) == len(value)
+        yield from ((None, item, written[i] if same else None) for i, item in enumerate(value))
+
+
+def _secrets(key: str, value: Any, written: Any) -> Iterator[str]:
+    """The secret strings themselves: other values may hold them."""
+    if isinstance(value, str) and (is_secret(key) or _from_secret_variable(written)):
+        yield value
+    for name, item, before in _pairs(value, written):
+        yield from _secrets(key if name is None else name, item, before)
+
+
+def _one(key: str, value: Any, written: Any, secrets: set[str]) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _one(str(name), item, before, secrets) for name, item, before in _pairs(value, written)}
+    if isinstance(value, list):
+        return [_one(key, item, before, secrets) for _, item, before in _pairs(value, written)]
+    if not isinstance(value, str):
+        return value
+    if _from_secret_variable(written):
+        return written
+    if is_secret(key):
+        return REDACTED
+    if isinstance(written, str) and "${" in written and any(secret in value for secret in secrets):
+        return written
+    return value

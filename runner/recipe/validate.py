@@ -231,7 +231,8 @@ class _Checker:
     def _missing(self, keys: Keys, group: str, options: list[str]) -> str:
         if group in ("hooks", "trackers") and keys[-1] in options:
             return f"choose it as well: {group}=[default,{keys[-1]}]"
-        close = difflib.get_close_matches(str(keys[-1]), list(self.config.get(group) or {}), n=2, cutoff=0.7)
+        there = [str(key) for key in self.config.get(group) or {}]
+        close = difflib.get_close_matches(str(keys[-1]), there, n=2, cutoff=0.7)
         others = [name for name in close if name != keys[-1]]
         if others and len(keys) > 1:
             return f"did you mean {dotted((*keys[:-1], others[0]))}?"

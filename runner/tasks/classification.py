@@ -55,11 +55,11 @@ class Classification(Task):
         outside = ((labels < 0) | (labels >= self.num_classes)).nonzero()
         if not len(outside):
             return []
-        first = int(outside[0, 0])
+        place = tuple(outside[0].tolist())
         return [
             Problem(
                 key,
-                f"label {int(labels[first])} of sample {first} is outside the {self.num_classes} classes "
+                f"label {int(labels[place])} of sample {place[0]} is outside the {self.num_classes} classes "
                 f"0 to {self.num_classes - 1} ({len(outside)} such samples)",
                 f"raise the model's and the task's number of classes to {int(labels.max()) + 1}, or mend the labels",
             )

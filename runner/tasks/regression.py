@@ -24,7 +24,7 @@ class Regression(Task):
         return mse_loss(outputs, _shaped(batch[1], outputs), reduction="sum")
 
     def metrics(self, outputs: Any, batch: Any) -> Mapping[str, Metric]:
-        return {"mean_absolute_error": (outputs - _shaped(batch[1], outputs)).abs().flatten(1).mean(1)}
+        return {"mean_absolute_error": (outputs - _shaped(batch[1], outputs)).abs().reshape(len(outputs), -1).mean(1)}
 
     def predictions(self, outputs: Any, batch: Any) -> tuple[Tensor, Tensor]:
         return outputs, _shaped(batch[1], outputs)

@@ -38,15 +38,15 @@ class Jsonl:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Drops the records of steps after `step`, and a last line that a crash cut off."""
+    """Drops the records of steps after `step`, and what is no record: a last line that a crash cut off."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        if record.get("step", 0) <= step:
-            kept.append(line + "\n")
+        if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= step:
+            kept.append(line + b"\n")
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.write_bytes(b"".join(kept))
     temporary.replace(path)

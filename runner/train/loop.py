@@ -31,7 +31,7 @@ def train(run: Run) -> None:
     """
     events, plan, progress, settings = run.events, run.plan, run.progress, run.settings
     seed, every = settings.seed, settings.log_every
-    run.first_step = first = evaluated = saved = progress.step
+    run.first_step = first = saved = progress.step
     last_save = time.monotonic()
     try:
         _fire(run, "on_run_start")
@@ -77,17 +77,17 @@ def train(run: Run) -> None:
                     break
             run.engine.seed(seed, "step", step + 1)
         settle(run)
-        _finish(run, evaluated, saved)
+        _finish(run, saved)
     except BaseException as error:
         for call in events["on_exception"]:
             call(run, error)
         raise
 
 
-def _finish(run: Run, evaluated: int, saved: int) -> None:
+def _finish(run: Run, saved: int) -> None:
     """The last evaluation and checkpoint, where the last step had none; a signal leaves no time to evaluate."""
     step = run.progress.step
-    if run.eval_data is not None and evaluated != step and run.signal is None:
+    if not run.evaluated and run.signal is None:
         evaluate_now(run)
     if saved != step or run.saving_asked:
         save_now(run)

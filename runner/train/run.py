@@ -98,6 +98,17 @@ class Run:
     startup_seconds: float = 0.0
     _to_log: Record = field(default_factory=dict)
 
+    @property
+    def evaluated(self) -> bool:
+        """Whether there is nothing to evaluate at this step, or it is done."""
+        return self.eval_data is None or self.metrics.get("step") == self.progress.step
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do, also where a signal came so late."""
+        ended = self.progress.step >= self.plan.steps or self.stop_reason is not None
+        return self.signal is None or (ended and self.evaluated)
+
     def stop(self, why: str) -> None:
         """Ends the training after this step, with an evaluation and a checkpoint."""
         self.stop_reason = self.stop_reason or why

@@ -69,9 +69,8 @@ class Schedule:
         if self._plateau is None:
             return
         if self._metric not in metrics:
-            raise wrong(
-                "scheduler.monitor", "no evaluation reports it", f"choose of {', '.join(metrics)}", value=self._metric
-            )
+            there = ", ".join(name for name in metrics if name != "samples")
+            raise wrong("scheduler.monitor", "no evaluation reports it", f"choose of {there}", value=self._metric)
         self._plateau.step(metrics[self._metric])
 
     def state_dict(self) -> dict[str, Any]:

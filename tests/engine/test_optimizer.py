@@ -15,12 +15,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from runner.engine import optimizer as room
 from runner.engine.optimizer import fused_by_default, parameter_groups, plain_step
+from runner.errors import InputError
 from runner.train.schedules import Schedule, linear
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
 
-@pytest.fixture()
+@pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process that has not imported the compiler: another test may have done so here."""
     monkeypatch.setattr(room, "sys", SimpleNamespace(modules={}))
@@ -40,12 +41,16 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "options"), KINDS, ids=lambda value: "-".join(value) if isinstance(value, dict) else value.__name__)
+@pytest.mark.parametrize(
+    ("kind", "options"), KINDS, ids=lambda value: "-".join(value) if isinstance(value, dict) else value.__name__
+)
 def test_a_plain_step_is_the_optimizers_step_bit_for_bit(no_compiler: None, kind: Any, options: dict[str, Any]) -> None:
     def trained(plain: bool) -> tuple[nn.Module, Any]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
-        optimizer = kind(parameter_groups(model, ["bias"]) if "AdamW" in kind.__name__ else model.parameters(), **options)
+        optimizer = kind(
+            parameter_groups(model, ["bias"]) if "AdamW" in kind.__name__ else model.parameters(), **options
+        )
         step = plain_step(optimizer) if plain else optimizer.step
         for i in range(5):
             model(torch.full((2, 4), float(i))).square().sum().backward()
@@ -134,6 +139,13 @@ def test_other_peoples_optimizers_are_stepped_as_they_are(no_compiler: None) -> 
     with torch.no_grad():
         plain_step(heir)()
     assert weight.item() == 7.0
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
+    with pytest.raises(InputError) as caught:
+        plain_step(torch.optim.LBFGS([nn.Parameter(torch.zeros(1))]))
+    (problem,) = caught.value.problems
+    assert (problem.key, problem.value) == ("optimizer._target_", "torch.optim.lbfgs.LBFGS")
 
 
 class Net(nn.Module):

@@ -222,9 +222,10 @@ from runner.engine.precision import PRECISIONS
 from runner.engine.single import Single
 from runner.train.schedules import Schedule, cosine
 made = Engine(Single(torch.device("cpu"), PRECISIONS["{precision}"], Mesh()))
+fused = fused_by_default(torch.optim.{kind}, [], made.device)
 made.prepare(
     lambda: torch.nn.Linear(2, 2),
-    lambda m: torch.optim.{kind}(parameter_groups(m, ["bias"]), lr=0.1, **fused_by_default(torch.optim.{kind}, [], made.device)),
+    lambda m: torch.optim.{kind}(parameter_groups(m, ["bias"]), lr=0.1, **fused),
 )
 schedule = Schedule(cosine(made.optimizer, 3))
 for _ in range(2):

@@ -191,6 +191,8 @@ VALUES = [
     ("positional arguments that are no list", "scheduler: {_target_: torch.x, _args_: 3}", "scheduler._args_", "list", "", 1),
     ("a hook that is text", "hooks: {mine: ema}", "hooks.mine", "what to build", "_target_", 1),
     ("a hook without target", "hooks: {early_stop: {patience: 3}}", "hooks.early_stop", "_target_", "hooks=[default,early_stop]", 1),
+    ("a key that is a number", "scheduler: {32: true}", "scheduler", "_target_", "cosine", 1),
+    ("a hook that is a number", "hooks: {32: {a: 1}}", "hooks.32", "_target_", "", 1),
     ("a typo of a hook", "hooks: {progres: {every: 3}}", "hooks.progres", "_target_", "hooks.progress", 1),
     ("an interpolation of nothing", "run_dir: ${nosuch.key}", "run_dir", "no key nosuch", "", 1),
     ("an interpolation of itself", "run_dir: ${run_dir}", "run_dir", "itself", "circle", 1),

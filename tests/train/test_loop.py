@@ -157,7 +157,9 @@ def test_gradients_are_unscaled_early_only_for_a_hook_that_looks_at_them(
 
 
 def test_stop_ends_after_the_step_with_evaluation_and_checkpoint(tmp_path: Path) -> None:
-    events = told(tmp_path, steps=6, save=True, at={"step_start": lambda run: run.stop("why") if run.progress.step == 1 else None})
+    events = told(
+        tmp_path, steps=6, save=True, at={"step_start": lambda run: run.stop("why") if run.progress.step == 1 else None}
+    )
     assert events[-4:] == ["step_end @2", "eval_end @2", "checkpoint_saved step_00000002 @2", "run_end @2"]
 
 

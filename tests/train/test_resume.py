@@ -79,7 +79,10 @@ def test_interrupted_at_every_step(job: Job) -> None:
     ("first", "then"),
     [
         ({"data__num_workers": 0}, {"data__num_workers": 2}),
-        ({"batch": {"global_size": 12, "micro_size": 6}}, {"batch": {"global_size": 12, "micro_size": 6}, "log__every": 1}),
+        (
+            {"batch": {"global_size": 12, "micro_size": 6}},
+            {"batch": {"global_size": 12, "micro_size": 6}, "log__every": 1},
+        ),
     ],
 )
 def test_what_may_differ_changes_nothing(job: Job, first: dict[str, Any], then: dict[str, Any]) -> None:

@@ -132,10 +132,10 @@ def test_a_plateau_may_watch_another_metric_and_says_which_there_are() -> None:
     schedule.evaluated({"loss": 0.1, "accuracy": 0.5})
     assert sgd.param_groups[0]["lr"] == 0.5
     with pytest.raises(InputError) as caught:
-        schedule.evaluated({"loss": 1.0, "f1": 0.5})
+        schedule.evaluated({"samples": 3, "loss": 1.0, "f1": 0.5})
     (problem,) = caught.value.problems
     assert (problem.key, problem.value) == ("scheduler.monitor", "accuracy")
-    assert "loss, f1" in problem.fix
+    assert problem.fix == "choose of loss, f1"
 
 
 # --- going on ---------------------------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def test_a_plateau_goes_on_with_what_it_has_counted(at: int) -> None:
 
     expected = go(Schedule(plateau(optimizer(), cooldown=1)), losses)
     first = Schedule(plateau(optimizer(), cooldown=1))
-    rate = ([1.0] + go(first, losses[:at]))[-1]
+    rate = [1.0, *go(first, losses[:at])][-1]
     second = Schedule(plateau(optimizer(rate), cooldown=1))
     second.load_state_dict(first.state_dict())
     assert go(second, losses[at:]) == expected[at:]

@@ -225,7 +225,12 @@ def test_the_device_and_the_host_skip_alike(tmp_path: Path) -> None:
 
 def test_stop_where_the_device_decides_names_the_step_that_was_wrong(tmp_path: Path) -> None:
     run = make_run(
-        tmp_path, model=lambda: Poison(1), optimizer=fused, hooks={"d": Device()}, settings={"log_every": 100}, samples=80
+        tmp_path,
+        model=lambda: Poison(1),
+        optimizer=fused,
+        hooks={"d": Device()},
+        settings={"log_every": 100},
+        samples=80,
     )
     with pytest.raises(TrainingStopped, match=r"step 2: not finite \(loss nan"):
         train(run)
@@ -234,7 +239,13 @@ def test_stop_where_the_device_decides_names_the_step_that_was_wrong(tmp_path: P
 
 def test_a_checkpoint_waits_for_what_the_device_has_decided(tmp_path: Path) -> None:
     run = make_run(
-        tmp_path, model=lambda: Poison(1), optimizer=fused, hooks={"d": Device()}, settings={"log_every": 100}, samples=80, save=True
+        tmp_path,
+        model=lambda: Poison(1),
+        optimizer=fused,
+        hooks={"d": Device()},
+        settings={"log_every": 100},
+        samples=80,
+        save=True,
     )
     run.save_every.steps = 2
     with pytest.raises(TrainingStopped):
@@ -259,7 +270,12 @@ class Odd(Classification):
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [("tuple", "returned a tuple"), ("number", "returned a float"), ("vector", "has shape (1,)"), ("detached", "is detached")],
+    [
+        ("tuple", "returned a tuple"),
+        ("number", "returned a float"),
+        ("vector", "has shape (1,)"),
+        ("detached", "is detached"),
+    ],
 )
 def test_a_loss_that_cannot_be_used_is_the_users_error(tmp_path: Path, kind: str, words: str) -> None:
     with pytest.raises(InputError) as caught:

@@ -1,0 +1,130 @@
+"""The average of the weights: its numbers, and that training never sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import Result, config, spec
+from small import run as make_run
+from torch import Tensor, nn
+
+from runner.errors import InputError
+from runner.hooks.ema import EMA
+from runner.hooks.evaluation import Evaluation
+from runner.train.evaluate import evaluate as evaluate_run
+from runner.train.hook import Hook
+from runner.train.loop import train
+from runner.train.run import Run
+
+pytestmark = pytest.mark.usefixtures("quiet")
+
+Job = Callable[..., Result]
+
+
+class Formula(Hook):
+    """The plain formula, in float64, and the weights of every step."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.average: list[Tensor] = []
+
+    def on_run_start(self, run: Run) -> None:
+        self.average = [p.detach().double().clone() for p in run.engine.model.parameters() if p.requires_grad]
+
+    def on_step_end(self, run: Run) -> None:
+        weights = [p.detach().double() for p in run.engine.model.parameters() if p.requires_grad]
+        self.average = [self.decay * a + (1 - self.decay) * w for a, w in zip(self.average, weights, strict=True)]
+
+
+def close(one: list[Tensor], other: list[Tensor], tolerance: float = 1e-6) -> None:
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("precision", ["fp32", "bf16_full"])
+def test_the_numbers_of_the_formula(tmp_path: Path, decay: float, precision: str) -> None:
+    hook, formula = EMA(decay), Formula(decay)
+    train(make_run(tmp_path, hooks={"ema": hook, "formula": formula}, precision=precision))
+    assert all(average.dtype == torch.float32 for average in hook._averages)
+    close(hook._averages, formula.average)
+
+
+def test_evaluation_sees_the_averages_and_training_its_weights(tmp_path: Path) -> None:
+    hook = EMA(0.9)
+    seen: list[Tensor] = []
+
+    class Net(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.training:
+                seen.append(self.weight.detach().clone())
+            return super().forward(x)
+
+    run = make_run(tmp_path, model=lambda: Net(8, 3), hooks={"ema": hook}, micro_size=8)
+    run.eval_data = None
+    train(run)
+    weights = [p.detach().clone() for p in run.engine.model.parameters()]
+    with hook.swapped():
+        close([p.detach() for p in run.engine.model.parameters()], hook._averages)
+        assert not torch.equal(run.engine.model.weight, weights[0])
+    assert all(torch.equal(a, b) for a, b in zip(run.engine.model.parameters(), weights, strict=True))
+
+
+def test_evaluating_changes_nothing_of_the_training(tmp_path: Path) -> None:
+    found = []
+    for hooks in ({}, {"ema": EMA(0.5), "evaluation": Evaluation(1)}):
+        run = make_run(tmp_path, hooks=hooks)
+        train(run)
+        found.append([p.detach() for p in run.engine.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_the_metrics_are_those_of_the_averages(tmp_path: Path) -> None:
+    results = {}
+    for evaluate in (True, False):
+        run = make_run(tmp_path, hooks={"ema": EMA(0.99, evaluate=evaluate)})
+        train(run)
+        results[evaluate] = run.metrics["loss"]
+    untrained = evaluate_run(make_run(tmp_path))["loss"]
+    # Hardly moved by six steps of 0.99, so near the untrained model.
+    assert 0 < abs(results[True] - untrained) < abs(results[False] - untrained) / 4
+
+
+def test_weights_come_back_when_an_evaluation_fails(tmp_path: Path) -> None:
+    hook = EMA(0.9)
+    run = make_run(tmp_path, hooks={"ema": hook}, eval_set=None)
+    train(run)
+    weights = [p.detach().clone() for p in run.engine.model.parameters()]
+    with pytest.raises(RuntimeError), hook.swapped():
+        raise RuntimeError
+    assert all(torch.equal(a, b) for a, b in zip(run.engine.model.parameters(), weights, strict=True))
+
+
+def test_frozen_parameters_have_no_average(tmp_path: Path) -> None:
+    hook = EMA()
+    model = nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Linear(8, 3))
+    train(make_run(tmp_path, hooks={"ema": hook}, model=lambda: model, steps=1))
+    assert list(hook.state_dict()["averages"]) == ["1.weight", "1.bias"]
+
+
+def settings(**more: Any) -> dict[str, Any]:
+    hooks = {**config()["hooks"], "ema": spec("runner.hooks.ema.EMA", decay=0.8), **more}
+    return {"hooks": hooks, "train__epochs": 2}
+
+
+def test_the_averages_go_through_a_resume(job: Job) -> None:
+    whole = job("whole", **settings())
+    job("cut", **settings(stop=spec("small.Interrupt", step=5)))
+    cut = job("cut", **settings())
+    assert [{**record, "time": 0} for record in cut.eval] == [{**record, "time": 0} for record in whole.eval]
+    assert all(torch.equal(cut.watch.weights[name], value) for name, value in whole.watch.weights.items())
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, 2.0])
+def test_a_decay_that_cannot_be(decay: float) -> None:
+    with pytest.raises(InputError, match="is not between 0 and 1"):
+        EMA(decay)
