@@ -33,9 +33,9 @@ def main(steps: int) -> None:
             step += 1
             if step == 1:
                 print(f"first step {time.time():.6f}", flush=True)
-            if step % 10 == 0:
+            if step % 50 == 0:
                 now = time.perf_counter()
-                rate, started = 640 / (now - started), now
+                rate, started = 50 * 64 / (now - started), now
                 print(
                     f"step {step} loss {loss.item():.4f} lr {scheduler.get_last_lr()[0]:.3g} {rate:.0f}/s", flush=True
                 )

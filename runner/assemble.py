@@ -76,7 +76,7 @@ def check(config: Config) -> Parts:
     if problems:
         raise InputError(*problems)
     plan = _plan(config, _order(config, len(train)))
-    _check_warmup(config, plan)
+    _check_schedule(config, plan, evaluated=evaluation is not None)
     return Parts(backend, task, train, evaluation, collate, plan)
 
 
@@ -109,7 +109,11 @@ def _hook_events(name: str, spec: Config) -> list[Problem]:
 
 
 def _stand_in(value: Any) -> Any:
-    return 1 if value in _LATE else value
+    return 1 if _is_late(value) else value
+
+
+def _is_late(value: Any) -> bool:
+    return isinstance(value, str) and value in _LATE
 
 
 def _not_a_task(task: Any, config: Config) -> list[Problem]:
@@ -126,11 +130,13 @@ def _not_a_task(task: Any, config: Config) -> list[Problem]:
     ]
 
 
-def _check_warmup(config: Config, plan: Plan) -> None:
-    """Raises InputError for a warm-up of our schedules that does not fit into the run."""
-    warmup = (config["scheduler"] or {}).get("warmup")
-    if isinstance(warmup, (int, float)):
-        warmup_steps(warmup, plan.steps)
+def _check_schedule(config: Config, plan: Plan, *, evaluated: bool) -> None:
+    """Raises InputError for a warm-up of ours that is longer than the run, or a metric that is never there."""
+    spec = config["scheduler"] or {}
+    if isinstance(spec.get("warmup"), (int, float)):
+        warmup_steps(spec["warmup"], plan.steps)
+    if spec and not evaluated and build.find(spec["_target_"]) is torch.optim.lr_scheduler.ReduceLROnPlateau:
+        raise wrong("scheduler", "waits for evaluations, and there are no held-out data", "give data.eval")
 
 
 def _device(config: Config) -> torch.device:
@@ -344,7 +350,7 @@ def _schedule(config: Config, engine: Engine, plan: Plan) -> Schedule:
     if not spec:
         return Schedule(None)
     metric = spec.pop("monitor", "loss")
-    spec = {key: getattr(plan, _LATE[value]) if value in _LATE else value for key, value in spec.items()}
+    spec = {key: getattr(plan, _LATE[value]) if _is_late(value) else value for key, value in spec.items()}
     target = build.find(spec["_target_"])
     late = {"total_steps": plan.steps, "steps_per_epoch": plan.steps_per_epoch}
     also = {name: value for name, value in late.items() if name not in spec and build.accepts(target, name)}

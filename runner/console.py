@@ -70,12 +70,29 @@ def speak() -> None:
         log.addHandler(_Terminal())
 
 
+class _File(logging.FileHandler):
+    """Flushes at most once a second, and at warnings and the end: a write for each line is felt in short steps."""
+
+    _flushed = 0.0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            self._flushed = 0.0
+        super().emit(record)
+
+    def flush(self) -> None:
+        now = time.monotonic()
+        if now - self._flushed >= 1.0:
+            self._flushed = now
+            super().flush()
+
+
 def keep(*files: Path) -> list[logging.Handler]:
     """Also appends the messages to files; give the result to `close`."""
     handlers: list[logging.Handler] = []
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
+        handler = _File(file, encoding="utf-8", errors="backslashreplace")
         formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
         formatter.converter = time.gmtime
         handler.setFormatter(formatter)

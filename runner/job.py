@@ -74,10 +74,11 @@ def _in_folder(
         folder.state("starting", step=0)
         _write_inputs(plan, folder)
         run = assemble(plan.config, parts, folder, resume=resume, terminal=plan.terminal)
+        run.config = redact(plan.config, plan.written)
         _introduce(run, plan)
         if resume is not None:
             log.info("  goes on  after step %d, from %s", run.progress.step, _short(resume, plan))
-        run.trackers.start(folder.path, run.progress.step, redact(plan.config, plan.written))
+        run.trackers.start(folder.path, run.progress.step, run.config)
         run.startup_seconds = time.time() - plan.started
         folder.state("running", step=run.progress.step)
         signals.run = run

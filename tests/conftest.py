@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 if TYPE_CHECKING:
     from small import Result
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_it_was() -> Iterator[None]:
+    """A program that ran in this process leaves the logger speaking to the terminal."""
+    log = logging.getLogger("runner")
+    before = (list(log.handlers), log.level, log.propagate)
+    log.handlers, log.propagate = [], True
+    yield
+    log.handlers, log.level, log.propagate = before
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -196,7 +197,7 @@ def run_job(directory: Path, settings: Mapping[str, Any], run_dir: str = "run") 
 
     plain = dict(settings)
     plan = WorkPlan(plain, plain, ["+recipe=small"], str(directory), time.time(), run_dir=run_dir)
-    before = list(sys.path)
+    before, Watch.last = list(sys.path), Watch()
     try:
         code = work(plan)
     finally:
@@ -209,9 +210,10 @@ def engine(
     build_optimizer: Callable[[nn.Module], Any] | None = None,
     precision: str | Precision = "fp32",
     seed: int = 0,
+    mesh: Mesh = Mesh(),  # noqa: B008  # frozen
 ) -> Engine:
     """An engine on one process with model and optimizer; SGD of rate 0.1 where none is given."""
-    made = Engine(Single(CPU, PRECISIONS[precision] if isinstance(precision, str) else precision, Mesh()))
+    made = Engine(Single(CPU, PRECISIONS[precision] if isinstance(precision, str) else precision, mesh))
     torch.manual_seed(seed)
     made.prepare(build_model, build_optimizer or (lambda model: torch.optim.SGD(model.parameters(), lr=0.1)))
     return made
@@ -273,3 +275,11 @@ def run(folder: Path, **parts: Any) -> Run:
         "save_every": SaveEvery(),
     }
     return Run(**{**values, **parts})
+
+
+class Raise(Interrupt):
+    """A true signal to this process in the middle of a step."""
+
+    def on_step_end(self, run: Run) -> None:
+        if run.progress.step == self.step:
+            signal.raise_signal(self.number)

@@ -10,27 +10,30 @@ from torch import Tensor
 
 from runner.keyed import keyed
 
-_ROUNDS = 6
+_ROUNDS = 4
 _BLOCK = 65_536
 _LOW_31 = (1 << 31) - 1
-_LOW_34 = (1 << 34) - 1
-_LOW_37 = (1 << 37) - 1
 
 
 def _hash(values: Tensor, key: int, bound: int) -> Tensor:
-    """int64 numbers from 0 to bound - 1 (at most 2**32) by splitmix64's finaliser (Steele, Lea, Flood 2014)."""
-    x = values + key
-    x = (x ^ ((x >> 30) & _LOW_34)) * -4658895280553007687
-    x = (x ^ ((x >> 27) & _LOW_37)) * -7723592293110705685
+    """int64 numbers from 0 to bound - 1 (bound at most 2**32): two multiplications with a fold of the high half."""
+    x = values * -4658895280553007687
+    x += key
+    x ^= x >> 32
+    x *= -7723592293110705685
     # Multiply and shift instead of a remainder: a 64-bit division costs ten times as much.
-    return (((x >> 32) & _LOW_31) * bound) >> 31
+    x >>= 33
+    x &= _LOW_31
+    x *= bound
+    x >>= 31
+    return x
 
 
 class Permutation:
     """A keyed permutation of range(length) that needs no memory.
 
-    A Feistel network on Z_a x Z_b with a * b just above `length` (the generalised form of Black and Rogaway,
-    "Ciphers with Arbitrary Finite Domains", 2002); results outside are walked on until they fall inside.
+    Four rounds of a Feistel network on Z_a x Z_b with a * b just above `length` (the generalised form of Black and
+    Rogaway, "Ciphers with Arbitrary Finite Domains", 2002); results outside are walked on until they fall inside.
     """
 
     def __init__(self, length: int, *key: int | str) -> None:
@@ -51,9 +54,9 @@ class Permutation:
     def _once(self, values: Tensor) -> Tensor:
         left, right = values // self._b, values % self._b
         for i in range(0, _ROUNDS, 2):
-            left = left + _hash(right, self._keys[i], self._a)
+            left = left.add_(_hash(right, self._keys[i], self._a))
             left -= (left >= self._a) * self._a
-            right = right + _hash(left, self._keys[i + 1], self._b)
+            right = right.add_(_hash(left, self._keys[i + 1], self._b))
             right -= (right >= self._b) * self._b
         return left * self._b + right
 

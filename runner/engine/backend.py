@@ -63,19 +63,19 @@ class Backend(ABC):
         """Around the forward and backward of a micro-batch; gradients travel with the last one of a step only."""
 
     @abstractmethod
-    def backward(self, loss: Tensor, factor: Tensor) -> None:
-        """Adds the gradient of factor * loss (both 0-d)."""
+    def backward(self, loss: Tensor, factor: Tensor) -> Tensor:
+        """Adds the gradient of factor * loss (both 0-d) and returns factor * loss, detached."""
 
     @abstractmethod
     def unscale(self) -> None:
         """Makes the gradients the true ones; acts once a step."""
 
     @abstractmethod
-    def step(self, max_norm: float | None, *, guard: bool, loss: Tensor | None = None) -> Update:
+    def step(self, max_norm: float | None, *, guard: bool, loss: Tensor | None = None, measure: bool = False) -> Update:
         """Unscale, clip to `max_norm`, step, update the loss scale, zero: one word.
 
         With `guard` a `loss` or gradient that is not finite leaves weights and optimizer as they are; under loss
-        scaling such a gradient always does.
+        scaling such a gradient always does. `measure` asks for the gradient norm where nothing is clipped.
         """
 
     @abstractmethod

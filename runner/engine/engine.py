@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from runner.engine.backend import Backend, BuildModel, BuildOptimizer, Update
-from runner.keyed import keyed
+from runner.keyed import keyed, mixed
 
 
 class Engine:
@@ -35,6 +35,8 @@ class Engine:
         self.accumulate = backend.accumulate
         self.backward = backend.backward
         self.unscale = backend.unscale
+        self._seed: tuple[int | None, int] = (None, 0)
+        self._plain = not backend.precision.autocast and backend.precision.param_dtype is torch.float32
         self._factor: tuple[Any, Tensor] = (None, torch.zeros(()))
 
     def prepare(self, build_model: BuildModel, build_optimizer: BuildOptimizer) -> None:
@@ -54,13 +56,12 @@ class Engine:
 
         Floating-point outputs of an autocast are float32 to the caller, so that losses are computed alike everywhere.
         """
-        precision = self.precision
-        if precision.param_dtype is not torch.float32:
-            inputs = _floats_as(inputs, precision.param_dtype)
-        if precision.autocast or precision.param_dtype is not torch.float32:
-            with self.autocast():
-                return _floats_as(self._call(inputs), torch.float32)
-        return self._call(inputs)
+        if self._plain:
+            return self._call(inputs)
+        if self.precision.param_dtype is not torch.float32:
+            inputs = _floats_as(inputs, self.precision.param_dtype)
+        with self.autocast():
+            return _floats_as(self._call(inputs), torch.float32)
 
     def _call(self, inputs: Any) -> Any:
         if isinstance(inputs, Tensor):
@@ -82,13 +83,22 @@ class Engine:
             self._factor = (weight, torch.tensor(self.mesh.data_size / weight, device=self.device))
         return self._factor[1]
 
-    def step(self, max_norm: float | None = None, *, guard: bool = True, loss: Tensor | None = None) -> Update:
+    def step(
+        self,
+        max_norm: float | None = None,
+        *,
+        guard: bool = True,
+        loss: Tensor | None = None,
+        measure: bool = False,
+    ) -> Update:
         """Unscale, clip, step, zero; see Backend.step."""
-        return self.backend.step(max_norm, guard=guard, loss=loss)
+        return self.backend.step(max_norm, guard=guard, loss=loss, measure=measure)
 
-    def seed(self, *words: int | str) -> None:
-        """Seeds torch's generators by `words` (seed, step …): randomness then needs no state to be saved."""
-        number = keyed(*words, self.mesh.data_rank)
+    def seed(self, seed: int, step: int) -> None:
+        """Seeds torch's generators by (seed, step, data rank): randomness then needs no state to be saved."""
+        if self._seed[0] != seed:
+            self._seed = (seed, keyed(seed, "step", self.mesh.data_rank))
+        number = mixed(self._seed[1], step)
         torch.default_generator.manual_seed(number)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(number)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from runner.engine.backend import Backend, BuildModel, BuildOptimizer, Update
-from runner.engine.gradients import clip, global_norm
+from runner.engine.gradients import Finite, clip, global_norm
 from runner.engine.model_state import ModelState, OptimizerState
 from runner.engine.optimizer import plain_step, without_compiler
 from runner.engine.scaler import Scaler
@@ -30,6 +30,7 @@ class Single(Backend):
         fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
         # Elsewhere than on a CPU, looking at a number waits for all work that was queued before it.
         self._device_decides = fused and self.device.type != "cpu" and not self.scaler.active
+        self._finite = Finite()
         self._nothing = nullcontext()
         self._unscaled = False
 
@@ -41,21 +42,22 @@ class Single(Backend):
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
         return self._nothing
 
-    def backward(self, loss: Tensor, factor: Tensor) -> None:
+    def backward(self, loss: Tensor, factor: Tensor) -> Tensor:
         # Not loss.backward(factor): torch then imports its symbolic shapes, half a second before the first step.
-        (loss * self.scaler.scale(factor)).backward()
+        share = loss * factor
+        self.scaler.scale(share).backward()
+        return share.detach()
 
     def unscale(self) -> None:
         if not self._unscaled:
             self._unscaled = True
             self.scaler.unscale(self.optimizer)
 
-    def step(self, max_norm: float | None, *, guard: bool, loss: Tensor | None = None) -> Update:
+    def step(self, max_norm: float | None, *, guard: bool, loss: Tensor | None = None, measure: bool = False) -> Update:
         self.unscale()
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        watched = guard or self.scaler.active
-        norm = global_norm(gradients) if watched or max_norm is not None else None
-        skipped = self._not_finite(norm, loss if guard else None) if watched and norm is not None else False
+        skipped = self._not_finite(gradients, loss if guard else None) if guard or self.scaler.active else False
+        norm = global_norm(gradients) if measure or max_norm is not None or skipped is True else None
         if skipped is not True:
             with torch.no_grad():
                 if max_norm is not None and norm is not None:
@@ -70,10 +72,11 @@ class Single(Backend):
         self._unscaled = False
         return Update(norm, skipped, overflow)
 
-    def _not_finite(self, norm: Tensor, loss: Tensor | None) -> bool | Tensor:
+    def _not_finite(self, gradients: list[Tensor], loss: Tensor | None) -> bool | Tensor:
+        found = self._finite.found(gradients)
         if self._device_decides:
-            return ~torch.isfinite(norm if loss is None else norm + loss)
-        return not (math.isfinite(norm.item()) and (loss is None or math.isfinite(loss.item())))
+            return found.bool() if loss is None else found.bool() | ~torch.isfinite(loss)
+        return bool(found.item()) or not (loss is None or math.isfinite(loss.item()))
 
     def state(self) -> Mapping[str, Any]:
         return {

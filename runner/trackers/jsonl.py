@@ -16,6 +16,8 @@ class Jsonl:
     def __init__(self, file: str = "metrics.jsonl") -> None:
         self._name = file
         self._file: TextIO | None = None
+        # json.dumps with an option makes an encoder at every call.
+        self._encode = json.JSONEncoder(allow_nan=False).encode
 
     def start(self, folder: Path, step: int, config: Mapping[str, Any]) -> None:
         path = folder / self._name
@@ -26,7 +28,7 @@ class Jsonl:
     def log(self, record: Mapping[str, Any]) -> None:
         assert self._file is not None
         try:
-            line = json.dumps(record, allow_nan=False)
+            line = self._encode(record)
         except ValueError:
             line = json.dumps(finite(record))
         self._file.write(line + "\n")

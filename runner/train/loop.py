@@ -43,7 +43,7 @@ def train(run: Run) -> None:
         )
         run.engine.model.train()
         # The step's seed comes before its data are fetched: a data set may draw from the generator too.
-        run.engine.seed(seed, "step", progress.step)
+        run.engine.seed(seed, progress.step)
         progress.start_clock()
         for batches in run.train_data.steps(progress.step, plan.steps):
             step = progress.step
@@ -66,7 +66,6 @@ def train(run: Run) -> None:
                 _fire(run, "on_epoch_end", plan.epoch(step))
             if run.evaluation_asked:
                 evaluate_now(run)
-                evaluated = step + 1
             # The checkpoint of the last step comes after the last evaluation, and has its metrics.
             if run.stop_reason or run.signal or step + 1 == plan.steps:
                 break
@@ -75,7 +74,7 @@ def train(run: Run) -> None:
                 saved, last_save = step + 1, time.monotonic()
                 if run.stop_reason or run.signal:
                     break
-            run.engine.seed(seed, "step", step + 1)
+            run.engine.seed(seed, step + 1)
         settle(run)
         _finish(run, saved)
     except BaseException as error:

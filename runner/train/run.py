@@ -65,6 +65,8 @@ class Run:
     loss: Tensor | None = None
     #: Global gradient norm of the last finished step before clipping (0-d), or None where it was not computed.
     grad_norm: Tensor | None = None
+    #: Whether training records want the gradient norm.
+    measures_norm: bool = False
     #: Learning rate (of the first parameter group) of the last finished step.
     lr: float = 0.0
     #: The last update whose outcome the host has not looked at, and its step.

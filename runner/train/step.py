@@ -24,22 +24,24 @@ def forward_backward(run: Run, batches: list[Any]) -> Tensor:
     total: Tensor | None = None
     for i, batch in enumerate(batches):
         if run.counts_tokens:
-            run.tokens += task.tokens(batch)
+            run.tokens += task.tokens(batch) or 0
         with engine.accumulate(i == last):
             loss = task.loss(engine.forward(task.inputs(batch)), batch)
             if run.loss is None:
                 check_loss(loss, task)
-            engine.backward(loss, factor)
-        total = loss.detach() if total is None else total + loss.detach()
+            share = engine.backward(loss, factor)
+        total = share if total is None else total + share
     assert total is not None
-    return total * (factor / engine.mesh.data_size)
+    return total if engine.mesh.data_size == 1 else total / engine.mesh.data_size
 
 
 def update(run: Run, loss: Tensor) -> None:
     """Steps the optimizer; `settle` says what became of it. Sets the run's loss, grad_norm and lr of this step."""
     settle(run)
-    run.lr = run.engine.optimizer.param_groups[0]["lr"]
-    result = run.engine.step(run.settings.grad_clip, guard=run.settings.nan != "ignore", loss=loss)
+    settings, backend = run.settings, run.engine.backend
+    run.lr = backend.optimizer.param_groups[0]["lr"]
+    measure = run.logging and run.measures_norm
+    result = backend.step(settings.grad_clip, guard=settings.nan != "ignore", loss=loss, measure=measure)
     run.loss, run.grad_norm = loss, result.grad_norm
     run.unsettled, run.unsettled_step = result, run.progress.step + 1
     if run.logging or not isinstance(result.skipped, Tensor):

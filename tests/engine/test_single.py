@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from runner.engine.engine import Engine
+from runner.engine.mesh import Mesh
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -82,7 +83,7 @@ def test_the_norm_is_the_one_before_clipping_and_nothing_is_clipped_unasked() ->
         made = engine()
         before = weights(made)
         gradients(made, [(x, y)], 8)
-        norms.append(made.step(limit).grad_norm)
+        norms.append(made.step(limit, measure=True).grad_norm)
         moved.append(torch.cat([(a - b).flatten() for a, b in zip(weights(made), before, strict=True)]).norm())
     assert norms[0] == norms[1] == norms[2]
     torch.testing.assert_close(moved[0], 0.1 * norms[0], rtol=1e-5, atol=0)
@@ -93,7 +94,7 @@ def test_the_norm_is_the_one_before_clipping_and_nothing_is_clipped_unasked() ->
 def test_no_norm_where_nobody_needs_it() -> None:
     made = engine()
     gradients(made, [batch()], 8)
-    update = made.step(None, guard=False)
+    update = made.step(None)
     assert update.grad_norm is None
     assert update.skipped is False
 
@@ -202,15 +203,15 @@ def test_the_factor_is_kept_and_follows_the_weight() -> None:
     assert made.factor(8).item() == 0.125
 
 
-def test_seeds_follow_their_words() -> None:
-    made = engine()
-
-    def draw(*words: Any) -> list[float]:
-        made.seed(*words)
+def test_randomness_is_a_function_of_seed_step_and_reader() -> None:
+    def draw(seed: int, step: int, reader: int = 0) -> list[float]:
+        made = engine(mesh=Mesh(reader, 2))
+        made.seed(seed, step)
         return torch.rand(3).tolist()
 
-    assert draw(1, "step", 5) == draw(1, "step", 5)
-    assert len({tuple(draw(*words)) for words in [(1, "step", 5), (1, "step", 6), (2, "step", 5), (1, "x", 5)]}) == 4
+    assert draw(1, 5) == draw(1, 5)
+    places = [(1, 5), (1, 6), (2, 5), (1, 5, 1), (5, 1), (0, 0)]
+    assert len({tuple(draw(*place)) for place in places}) == len(places)
 
 
 PROGRAM = """

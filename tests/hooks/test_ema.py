@@ -56,22 +56,25 @@ def test_the_numbers_of_the_formula(tmp_path: Path, decay: float, precision: str
 
 def test_evaluation_sees_the_averages_and_training_its_weights(tmp_path: Path) -> None:
     hook = EMA(0.9)
-    seen: list[Tensor] = []
+    seen: dict[bool, list[Tensor]] = {True: [], False: []}
 
     class Net(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
-            if not self.training:
-                seen.append(self.weight.detach().clone())
+            seen[self.training].append(self.weight.detach().clone())
             return super().forward(x)
 
-    run = make_run(tmp_path, model=lambda: Net(8, 3), hooks={"ema": hook}, micro_size=8)
-    run.eval_data = None
-    train(run)
-    weights = [p.detach().clone() for p in run.engine.model.parameters()]
-    with hook.swapped():
-        close([p.detach() for p in run.engine.model.parameters()], hook._averages)
-        assert not torch.equal(run.engine.model.weight, weights[0])
-    assert all(torch.equal(a, b) for a, b in zip(run.engine.model.parameters(), weights, strict=True))
+    class Compare(Hook):
+        def on_step_end(self, run: Run) -> None:
+            self.weight = run.engine.model.weight.detach().clone()
+
+        def on_eval_end(self, run: Run, metrics: Any) -> None:
+            close([seen[False][-1]], [hook._averages[0]], 0.0)
+            assert not torch.equal(seen[False][-1], self.weight)
+            assert torch.equal(run.engine.model.weight, self.weight)
+
+    hooks = {"ema": hook, "evaluation": Evaluation(2), "compare": Compare()}
+    train(make_run(tmp_path, model=lambda: Net(8, 3), hooks=hooks))
+    assert (len(seen[True]), len(seen[False])) == (6, 6)  # three evaluations of two batches
 
 
 def test_evaluating_changes_nothing_of_the_training(tmp_path: Path) -> None:
