@@ -6,12 +6,15 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from runner import console
 from runner.train.hook import Hook
 from runner.train.run import Run
 
-_SHOWN = {"lr": ".3g", "grad_norm": ".3g", "samples_per_second": ".1f", "tokens_per_second": ".0f"}
+#: Of an evaluation's record in the live line: its loss would be taken for the training's.
+_NOT_SHOWN = ("split", "step", "samples", "loss")
+_MORE = {"lr": ".3g", "grad_norm": ".3g", "tokens_per_second": ".0f"}
 
 
 class Progress(Hook):
@@ -79,13 +82,14 @@ class Progress(Hook):
         loss = run.loss if live and run.engine.device.type == "cpu" else record.get("loss")
         if loss is not None:
             parts.append(f"loss {float(loss):.4f}")
-        for name, form in _SHOWN.items():
-            if isinstance(record.get(name), (int, float)):
-                parts.append(f"{name.replace('_per_second', '/s')} {record[name]:{form}}")
+        if live:
+            parts += [f"{name} {value:.4f}" for name, value in run.metrics.items() if name not in _NOT_SHOWN]
+        parts += _values(record, {"samples_per_second": ".1f"})
         left = self._left(run, step)
         if left is not None:
             parts.append(f"left {left}")
-        return "  ".join(parts)
+        # What a narrow terminal cuts off comes last.
+        return "  ".join([*parts, *_values(record, _MORE)])
 
     def _left(self, run: Run, step: int) -> str | None:
         done = step - self._first
@@ -99,3 +103,12 @@ class Progress(Hook):
     def _print(self, line: str) -> None:
         # By the logger, which also keeps it in the run's logs; it clears the live line.
         console.log.info(line)
+
+
+def _values(record: Mapping[str, Any], forms: Mapping[str, str]) -> list[str]:
+    """Numbers of a training record, where it has them."""
+    return [
+        f"{name.replace('_per_second', '/s')} {record[name]:{form}}"
+        for name, form in forms.items()
+        if isinstance(record.get(name), (int, float))
+    ]
