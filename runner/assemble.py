@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,19 @@ from runner.data.order import Order
 from runner.engine.backend import Backend
 from runner.engine.engine import Engine
 from runner.engine.mesh import Mesh
-from runner.engine.optimizer import fused_by_default, parameter_groups
+from runner.engine.optimizer import fused_by_default, parameter_groups, without_compiler
 from runner.engine.precision import LossScaling, Precision
 from runner.engine.single import Single
 from runner.errors import InputError, Problem, wrong
 from runner.folder import RunFolder
+from runner.hooks.early_stop import EarlyStop
 from runner.hooks.evaluation import Evaluation
+from runner.trackers import Trackers
 from runner.train import hook
+from runner.train.evaluate import evaluate
 from runner.train.progress import Plan, Progress
 from runner.train.run import Run, SaveEvery, Settings
-from runner.train.schedules import Schedule, warmup_steps
+from runner.train.schedules import Schedule
 from runner.train.task import Task
 
 Config = Mapping[str, Any]
@@ -35,6 +39,9 @@ _BACKENDS: dict[str, type[Backend]] = {"single": Single, "auto": Single}
 
 #: Words for the scheduler's arguments that are known only when the data are.
 _LATE = {"_total_steps_": "steps", "_steps_per_epoch_": "steps_per_epoch"}
+
+#: State that may be missing in a checkpoint or left over in it: hooks come and go.
+OPTIONAL = ("hooks.*",)
 
 _log = logging.getLogger("runner")
 
@@ -49,35 +56,49 @@ class Parts:
     eval: Any
     collate: Callable[[list[Any]], Any] | None
     plan: Plan
+    hooks: dict[str, Any]
+    trackers: Trackers
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
 def check(config: Config) -> Parts:
-    """Builds backend, task and data and checks everything that can be checked without a model's weights.
+    """Builds all that needs no model (backend, task, data, hooks, trackers) and checks what can be checked before one.
 
     Raises InputError with all problems found.
     """
-    problems = [*_signatures(config)]
-    backend = _backend(config)
-    problems += backend.check()
+    problems: list[Problem] = []
+    backend = _gathered(problems, _backend, config)
+    problems += _signatures(config)
+    problems += backend.check() if backend is not None else []
+    if problems or backend is None:
+        raise InputError(*problems)
+    task = _gathered(problems, _constructed, config["task"], "task")
+    hooks = _hooks(config, problems)
+    train, evaluation, collate = _gathered(problems, _data, config["data"]) or (None, None, None)
+    sets = {name: found for name, found in (("data.train", train), ("data.eval", evaluation)) if found is not None}
+    for name, found in sets.items():
+        problems += _data_problems(config, name, found) or (task.check(found, name) if isinstance(task, Task) else [])
+    if task is not None and not isinstance(task, Task):
+        problems += _not_a_task(task, config)
+    plan = Plan(1, 1)
+    if train is not None and hasattr(train, "__len__") and len(train) and not _leaves_nothing(config, train):
+        plan = _plan(config, _order(config, len(train)))
+    problems += _unreported(config) if evaluation is None else []
+    problems += _optimizer_problems(config, plan)
     if problems:
         raise InputError(*problems)
-    task = _constructed(config["task"], "task")
-    problems = [] if isinstance(task, Task) else _not_a_task(task, config)
-    train, evaluation, collate = _data(config["data"])
-    problems += _data_problems(config, "data.train", train)
-    if evaluation is not None:
-        problems += _data_problems(config, "data.eval", evaluation)
-    if isinstance(task, Task) and not problems:
-        problems += task.check(train, "data.train")
-        problems += [] if evaluation is None else task.check(evaluation, "data.eval")
-    if problems:
-        raise InputError(*problems)
-    plan = _plan(config, _order(config, len(train)))
-    _check_schedule(config, plan, evaluated=evaluation is not None)
-    return Parts(backend, task, train, evaluation, collate, plan)
+    return Parts(backend, task, train, evaluation, collate, plan, hooks, _trackers(config))
+
+
+def _gathered(problems: list[Problem], call: Callable[..., Any], *arguments: Any) -> Any:
+    """What a call gives; None where it raises InputError, whose problems join the list."""
+    try:
+        return call(*arguments)
+    except InputError as error:
+        problems += error.problems
+        return None
 
 
 def _signatures(config: Config) -> list[Problem]:
@@ -130,13 +151,50 @@ def _not_a_task(task: Any, config: Config) -> list[Problem]:
     ]
 
 
-def _check_schedule(config: Config, plan: Plan, *, evaluated: bool) -> None:
-    """Raises InputError for a warm-up of ours that is longer than the run, or a metric that is never there."""
-    spec = config["scheduler"] or {}
-    if isinstance(spec.get("warmup"), (int, float)):
-        warmup_steps(spec["warmup"], plan.steps)
-    if spec and not evaluated and build.find(spec["_target_"]) is torch.optim.lr_scheduler.ReduceLROnPlateau:
-        raise wrong("scheduler", "waits for evaluations, and there are no held-out data", "give data.eval")
+def _unreported(config: Config) -> list[Problem]:
+    """What waits for a metric where nothing is ever evaluated."""
+    why = "waits for evaluations, and there are no held-out data"
+    return [Problem(key, why, "give data.eval, or leave it out") for key, _ in wanted_metrics(config)]
+
+
+def wanted_metrics(config: Config) -> list[tuple[str, str]]:
+    """(key, metric) for everything in the configuration that waits for a metric of an evaluation."""
+    wanted = []
+    best = (config["checkpoint"] or {}).get("best")
+    if best is not None:
+        wanted.append(("checkpoint.best.metric", best["metric"]))
+    for name, spec in config["hooks"].items():
+        if spec is not None and build.find(spec["_target_"]) is EarlyStop:
+            wanted.append((f"hooks.{name}.metric", spec.get("metric", "loss")))
+    spec = config["scheduler"]
+    if spec and build.find(spec["_target_"]) is torch.optim.lr_scheduler.ReduceLROnPlateau:
+        wanted.append(("scheduler.monitor", spec.get("monitor", "loss")))
+    return wanted
+
+
+def check_metrics(run: Run) -> None:
+    """Raises InputError for metrics that are waited for and that no evaluation reports: looks at one step of one."""
+    wanted = wanted_metrics(run.config)
+    if not wanted or run.eval_data is None:
+        return
+    reported = [name for name in evaluate(run, steps=1) or () if name != "samples"]
+    problems = [
+        Problem(key, "no evaluation reports it", f"choose of {', '.join(reported)}", value=name)
+        for key, name in wanted
+        if name not in reported
+    ]
+    if problems:
+        raise InputError(*problems)
+
+
+def _optimizer_problems(config: Config, plan: Plan) -> list[Problem]:
+    """What optimizer and scheduler refuse, tried on one small parameter instead of a model's."""
+    problems: list[Problem] = []
+    without_compiler()
+    small = torch.nn.Linear(2, 2)
+    optimizer = _gathered(problems, _optimizer_factory(config, torch.device("cpu")), small)
+    _gathered(problems, _schedule, config, optimizer or torch.optim.SGD(small.parameters(), lr=0.1), plan)
+    return problems
 
 
 def _device(config: Config) -> torch.device:
@@ -186,17 +244,36 @@ def _constructed(spec: Config, key: str, *given: Any, **also: Any) -> Any:
     """Builds what takes nothing but configured values: what it refuses is the user's input."""
     try:
         return build.build(spec, *given, **also)
-    except (ValueError, TypeError) as error:
-        raise wrong(key, f"{spec['_target_']}: {error}", "mend the value that it names") from error
+    except InputError as error:
+        # Hooks speak of the name they have by default.
+        raise InputError(*(replace(p, key=_renamed(p.key, key)) for p in error.problems)) from error
+    except Exception as error:
+        named = next((name for name in spec if re.search(rf"\b{re.escape(name)}\b", str(error))), None)
+        where, value = (key, {}) if named is None else (f"{key}.{named}", {"value": spec[named]})
+        why = f"{spec['_target_']} refused: {type(error).__name__}: {error}"
+        raise wrong(where, why, "mend the value; HYDRA_FULL_ERROR=1 shows where it was raised", **value) from error
+
+
+def _renamed(said: str | None, key: str) -> str:
+    parts = (said or "").split(".")
+    return ".".join([key, *parts[2:]]) if parts[0] == "hooks" and key.startswith("hooks.") else said or key
 
 
 def _built(spec: Any, key: str) -> Any:
     try:
         return build.build(spec)
+    except InputError:
+        raise
     except OSError as error:
-        raise wrong(
-            key, f"{error.strerror or error}", "give the path of a file that can be read", value=error.filename
-        ) from error
+        why = str(error.strerror or error)
+        raise wrong(key, why, "give the path of a file that can be read", value=error.filename) from error
+    except Exception as error:
+        why = f"building it failed: {type(error).__name__}: {error}"
+        raise wrong(key, why, "mend what it names; HYDRA_FULL_ERROR=1 shows where it was raised") from error
+
+
+def _leaves_nothing(config: Config, train: Any) -> bool:
+    return config["data"]["drop_last"] and len(train) < config["batch"]["global_size"]
 
 
 def _data_problems(config: Config, key: str, dataset: Any) -> list[Problem]:
@@ -207,7 +284,7 @@ def _data_problems(config: Config, key: str, dataset: Any) -> list[Problem]:
     size = config["batch"]["global_size"]
     if len(dataset) == 0:
         return [Problem(key, "is empty: it has no sample", "check the file or the filter that made it")]
-    if key == "data.train" and config["data"]["drop_last"] and len(dataset) < size:
+    if key == "data.train" and _leaves_nothing(config, dataset):
         why = f"leaves nothing: {len(dataset)} samples are fewer than batch.global_size={size}"
         return [
             Problem(
@@ -236,9 +313,9 @@ def assemble(
     engine.prepare(_model_factory(config), _optimizer_factory(config, engine.device))
     train_data, eval_data = _loaders(config, parts, engine)
     plan = parts.plan
-    schedule = _schedule(config, engine, plan)
+    schedule = _schedule(config, engine.optimizer, plan)
     progress = Progress()
-    hooks = _hooks(config)
+    hooks = parts.hooks
     stateful = {name: item for name, item in hooks.items() if hasattr(item, "state_dict")}
     state = {
         **engine.state(),
@@ -248,9 +325,10 @@ def assemble(
         "random": RandomState(),
     }
     checkpointer = _checkpointer(config, folder, state)
+    resumed = None
     if resume is not None:
-        loader = checkpointer or Checkpointer(folder.path / "checkpoints", state)
-        loader.load(resume, convert=True)
+        loader = checkpointer or Checkpointer(folder.path / "checkpoints", state, optional=OPTIONAL)
+        resumed = loader.load(resume, convert=True)
     return Run(
         name=config["name"],
         config=config,
@@ -265,11 +343,12 @@ def assemble(
         settings=Settings(config["seed"], config["log"]["every"], config["grad_clip"], config["nan"]),
         hooks=hooks,
         events=hook.events(hooks.values()),
-        trackers=_trackers(config),
+        trackers=parts.trackers,
         checkpointer=checkpointer,
         save_every=_save_every(config, plan),
         counts_tokens=getattr(type(parts.task), "tokens", Task.tokens) is not Task.tokens,
         terminal=terminal,
+        resumed=resumed,
     )
 
 
@@ -302,7 +381,7 @@ def _model_factory(config: Config) -> Callable[[], torch.nn.Module]:
 
 
 def _optimizer_factory(config: Config, device: torch.device) -> Callable[[torch.nn.Module], torch.optim.Optimizer]:
-    spec = dict(config["optimizer"])
+    spec = {key: value for key, value in config["optimizer"].items() if key != "_partial_"}
     no_decay = spec.pop("no_decay", None) or ()
     spec |= fused_by_default(build.find(spec["_target_"]), list(spec), device)
     return lambda model: _constructed(spec, "optimizer", parameter_groups(model, no_decay))
@@ -345,8 +424,8 @@ def _plan(config: Config, order: Order) -> Plan:
     return Plan(steps, order.steps_per_epoch)
 
 
-def _schedule(config: Config, engine: Engine, plan: Plan) -> Schedule:
-    spec = dict(config["scheduler"] or {})
+def _schedule(config: Config, optimizer: torch.optim.Optimizer, plan: Plan) -> Schedule:
+    spec = {key: value for key, value in (config["scheduler"] or {}).items() if key != "_partial_"}
     if not spec:
         return Schedule(None)
     metric = spec.pop("monitor", "loss")
@@ -354,21 +433,30 @@ def _schedule(config: Config, engine: Engine, plan: Plan) -> Schedule:
     target = build.find(spec["_target_"])
     late = {"total_steps": plan.steps, "steps_per_epoch": plan.steps_per_epoch}
     also = {name: value for name, value in late.items() if name not in spec and build.accepts(target, name)}
-    return Schedule(_constructed(spec, "scheduler", engine.optimizer, **also), metric)
+    return Schedule(_constructed(spec, "scheduler", optimizer, **also), metric)
 
 
-def _hooks(config: Config) -> dict[str, Any]:
+def _hooks(config: Config, problems: list[Problem]) -> dict[str, Any]:
     every = config["eval"]["every"]
-    evaluation = {} if every == "never" else {"evaluation": Evaluation(every if isinstance(every, int) else None)}
-    named = {name: spec for name, spec in config["hooks"].items() if spec is not None}
-    return {**evaluation, **{name: _constructed(spec, f"hooks.{name}") for name, spec in named.items()}}
+    hooks: dict[str, Any] = {}
+    if every != "never":
+        hooks["evaluation"] = Evaluation(every if isinstance(every, int) else None)
+    for name, spec in config["hooks"].items():
+        if spec is not None:
+            hooks[name] = _gathered(problems, _constructed, spec, f"hooks.{name}")
+    return hooks
 
 
-def _trackers(config: Config) -> Any:
-    from runner.trackers import Trackers
-
-    named = {name: spec for name, spec in config["trackers"].items() if spec is not None}
-    return Trackers({name: _constructed(spec, f"trackers.{name}") for name, spec in named.items()})
+def _trackers(config: Config) -> Trackers:
+    """The trackers that can be built; one that cannot says so and does not lose the run."""
+    trackers = {}
+    for name, spec in config["trackers"].items():
+        try:
+            if spec is not None:
+                trackers[name] = build.build(spec)
+        except Exception as error:
+            _log.warning("tracker %s is left out; the run goes on: %s: %s", name, type(error).__name__, error)
+    return Trackers(trackers)
 
 
 def _checkpointer(config: Config, folder: RunFolder, state: Mapping[str, Any]) -> Checkpointer | None:
@@ -377,7 +465,7 @@ def _checkpointer(config: Config, folder: RunFolder, state: Mapping[str, Any]) -
         return None
     best = options["best"]
     named = None if best is None else (best["metric"], best["mode"])
-    return Checkpointer(folder.path / "checkpoints", state, keep=options["keep"], best=named)
+    return Checkpointer(folder.path / "checkpoints", state, options["keep"], named, optional=OPTIONAL)
 
 
 def _save_every(config: Config, plan: Plan) -> SaveEvery:

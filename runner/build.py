@@ -221,12 +221,12 @@ def _missing(key: str, target: str, package: str) -> InputError:
     top = package.partition(".")[0]
     if top == "plugins":
         return _no(key, target, f"there is no {package}", "plugins lie in plugins/ of the current directory")
-    return _no(
-        key,
-        target,
-        f"needs the package {top}, which is not installed",
-        f"pip install {_ON_INDEX.get(top, top)}, or mend the name",
+    fix = (
+        f"pip install {_ON_INDEX[top]}, or mend the name"
+        if top in _ON_INDEX
+        else (f"pip install {top}; if it is your own, put {top}.py into the directory where you start")
     )
+    return _no(key, target, f"needs the package {top}, which is not installed", fix)
 
 
 #: Import names whose package has another name on the index.

@@ -50,12 +50,17 @@ class _Terminal(logging.Handler):
         say(f"{prefix}{record.getMessage()}\n", sys.stderr if record.levelno >= logging.ERROR else sys.stdout)
 
 
-def say(text: str, stream: TextIO) -> None:
-    """Writes and flushes. A reader that has gone (`| head`) does not end a run: the files have everything."""
+def say(text: str, stream: TextIO | None) -> None:
+    """Writes and flushes. A stream that is closed, full or gone (`| head`) ends no run: the files have everything."""
+    if stream is None or stream.closed:
+        return
     try:
-        stream.write(text)
+        try:
+            stream.write(text)
+        except UnicodeEncodeError:
+            stream.write(text.encode("ascii", "backslashreplace").decode("ascii"))
         stream.flush()
-    except BrokenPipeError:
+    except OSError:
         # The descriptor itself: Python flushes it once more at exit.
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from contextlib import suppress
 
 
 def leave() -> None:
@@ -16,5 +17,7 @@ def leave() -> None:
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        # A stream may be closed or its reader gone: no reason to fail at the very end.
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()

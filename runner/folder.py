@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import secrets
+import shutil
+import socket
 import time
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from runner.errors import wrong
 
@@ -28,6 +31,7 @@ class RunFolder:
         self.path = path
         self._state: dict[str, Any] = {}
         self._written = 0.0
+        self._lock: TextIO | None = None
 
     @classmethod
     def new(cls, parent: Path, name: str) -> RunFolder:
@@ -61,6 +65,36 @@ class RunFolder:
         if not os.access(path, os.W_OK):
             raise wrong("run_dir", "is not writable", _WRITABLE, value=str(path))
         return cls(path)
+
+    def lock(self) -> None:
+        """Makes this process the only one that trains here, until it ends. Raises InputError where another does."""
+        self._lock = (self.path / ".lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "unknown"
+            self._lock.close()
+            fix = "wait for it, or name another run_dir"
+            raise wrong("run_dir", f"another process trains there ({holder})", fix, value=str(self.path)) from None
+        self._lock.truncate(0)
+        self._lock.write(
+            f"host {socket.gethostname()}, process {os.getpid()}, since {datetime.now():%Y-%m-%d %H:%M:%S}"
+        )
+        self._lock.flush()
+
+    def unlock(self) -> None:
+        """Gives the folder free."""
+        if self._lock is not None and not self._lock.closed:
+            (self.path / ".lock").unlink(missing_ok=True)
+            self._lock.close()
+
+    def discard(self) -> None:
+        """Removes a folder in which nothing has happened."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        link = self.path.parent / "latest"
+        if link.is_symlink() and not link.exists():
+            link.unlink()
 
     def write_json(self, name: str, value: Any) -> None:
         """Replaces a JSON file atomically; numbers that are not finite are written as null."""

@@ -19,8 +19,8 @@ import torch
 import yaml
 
 from runner import console
-from runner.assemble import Parts, assemble, check
-from runner.checkpoint import find, latest
+from runner.assemble import Parts, assemble, check, check_metrics
+from runner.checkpoint import extra_of, find, latest
 from runner.distributed import leave
 from runner.environment import describe_later
 from runner.errors import InputError, Problem, RunnerError, wrong
@@ -53,28 +53,51 @@ def work(plan: WorkPlan) -> int:
     with _signals() as signals:
         try:
             parts = check(plan.config)
-            folder, resume = _folder(plan)
-            if _finished(folder, parts.plan):
-                return DONE
-            return _in_folder(plan, parts, folder, resume, signals, environment)
+            folder, resume, fresh = _folder(plan)
+            folder.lock()
+            try:
+                if _finished(folder, parts.plan):
+                    return DONE
+                return _in_folder(plan, parts, folder, resume, fresh, signals, environment)
+            finally:
+                folder.unlock()
         except Interrupted as stop:
             log.info("%s before the first step: nothing to save", stop)
             return stop.exit_code
+        except SystemExit as error:
+            log.error("something that the configuration names ended the program: SystemExit(%s)", error.code)
+            return FAILED
         finally:
             leave()
 
 
 def _in_folder(
-    plan: WorkPlan, parts: Parts, folder: RunFolder, resume: Path | None, signals: _Signals, environment: Any
+    plan: WorkPlan,
+    parts: Parts,
+    folder: RunFolder,
+    resume: Path | None,
+    fresh: bool,
+    signals: _Signals,
+    environment: Any,
 ) -> int:
-    """The job once its folder is there: everything that happens from here on is told in it."""
+    """The job once its folder is there.
+
+    Until everything is built and found right, nothing that an earlier run left in the folder is touched, and a folder
+    that is `fresh` goes away again where the input is wrong.
+    """
     handlers = console.keep(folder.path / "logs" / "main.log", folder.path / "logs" / "rank_0.log")
     run: Run | None = None
     try:
-        folder.state("starting", step=0)
+        if fresh:
+            folder.state("starting", step=0)
+        built = assemble(plan.config, parts, folder, resume=resume, terminal=plan.terminal)
+        check_metrics(built)
+        built.config = redact(plan.config, plan.written)
+        built.setting = _setting(plan, built)
+        run = built
         _write_inputs(plan, folder)
-        run = assemble(plan.config, parts, folder, resume=resume, terminal=plan.terminal)
-        run.config = redact(plan.config, plan.written)
+        if plan.run_dir is None:
+            folder.link_latest()
         _introduce(run, plan)
         if resume is not None:
             log.info("  goes on  after step %d, from %s", run.progress.step, _short(resume, plan))
@@ -84,14 +107,22 @@ def _in_folder(
         signals.run = run
         train(run)
         return _ended(run, plan)
-    except (Exception, Interrupted) as error:
+    except InputError as error:
+        if run is not None and run.progress.step > run.first_step:
+            return _failed(error, run, folder, plan)
+        console.close(handlers)
+        if fresh:
+            folder.discard()
+        raise
+    except (Exception, SystemExit, KeyboardInterrupt, Interrupted) as error:
         return _failed(error, run, folder, plan)
     finally:
         signals.run = None
         if run is not None:
             run.trackers.close()
             _drop(run)
-        _write_environment(folder, environment, parts)
+        if folder.path.is_dir():
+            _write_environment(folder, environment, parts)
         console.close(handlers)
 
 
@@ -107,18 +138,18 @@ def _finished(folder: RunFolder, length: Plan) -> bool:
     return True
 
 
-def _folder(plan: WorkPlan) -> tuple[RunFolder, Path | None]:
-    """The run's folder and the checkpoint to go on from."""
+def _folder(plan: WorkPlan) -> tuple[RunFolder, Path | None, bool]:
+    """The run's folder, the checkpoint to go on from, and whether the folder was empty."""
     resume = plan.config["resume"]
     named = None if resume in ("auto", "never") else find(Path(plan.directory, resume))
+    if named is not None:
+        _compare(plan, named)
     if plan.run_dir is None:
-        folder = RunFolder.new(Path(plan.directory, "runs"), plan.config["name"])
-        folder.link_latest()
-        return folder, named
+        return RunFolder.new(Path(plan.directory, "runs"), plan.config["name"]), named, True
     path = Path(plan.directory, plan.run_dir)
     folder = RunFolder.named(path)
-    if not any(path.iterdir()):
-        return folder, named
+    if not any(child.name != ".lock" for child in path.iterdir()):
+        return folder, named, True
     if resume == "never":
         raise wrong(
             "resume",
@@ -133,28 +164,30 @@ def _folder(plan: WorkPlan) -> tuple[RunFolder, Path | None]:
             "name a run's folder, or one that is not there",
             value=plan.run_dir,
         )
-    last = named or latest(path / "checkpoints")
+    if named is not None:
+        return folder, named, False
+    last = latest(path / "checkpoints")
     if last is not None:
-        _refuse_drift(plan, folder)
-    return folder, last
+        _compare(plan, last)
+    return folder, last, False
 
 
 _BOUND = ("model", "task", "optimizer", "scheduler", "data", "seed", "batch.global_size")
 _FREE_DATA = ("num_workers",)
 
 
-def _refuse_drift(plan: WorkPlan, folder: RunFolder) -> None:
-    """Raises InputError for configuration that would make the training another one, unless it is in resume_allow."""
-    try:
-        before = yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        return
-    now = redact(plan.config, plan.written)
+def _compare(plan: WorkPlan, checkpoint: Path) -> None:
+    """Raises InputError for configuration that would make the training another one, unless it is in resume_allow.
+
+    Other settings that can change a result are warned of.
+    """
+    saved = extra_of(checkpoint) or {}
+    before, now = saved.get("config", {}), redact(plan.config, plan.written)
     allowed = plan.config["resume_allow"]
     problems = [
         Problem(
             key,
-            f"was {old!r} when this run was started",
+            f"was {old!r} in the run that goes on",
             f"give the old value, allow the change by resume_allow=[{key}], or start a new run without run_dir",
             value=new,
         )
@@ -165,6 +198,18 @@ def _refuse_drift(plan: WorkPlan, folder: RunFolder) -> None:
     ]
     if problems:
         raise InputError(*problems)
+    for name, old in saved.get("setting", {}).items():
+        new = {"precision": plan.config["precision"]["name"], "torch": torch.__version__}.get(name, old)
+        if new != old:
+            log.warning("%s was %s and is %s: results may differ in the last digits", name, old, new)
+
+
+def _setting(plan: WorkPlan, run: Run) -> dict[str, Any]:
+    """What the training runs on; differences are warned of when it goes on."""
+    device, before = str(run.engine.device), (run.resumed or {}).get("setting", {}).get("device")
+    if before not in (None, device):
+        log.warning("device was %s and is %s: results may differ in the last digits", before, device)
+    return {"precision": plan.config["precision"]["name"], "device": device, "torch": torch.__version__}
 
 
 def _at(config: Any, key: str) -> Any:
@@ -273,8 +318,6 @@ def _failed(error: BaseException, run: Run | None, folder: RunFolder, plan: Work
     what = f"{type(error).__name__}: {error}" if not isinstance(error, RunnerError) else str(error)
     folder.state("failed", step=step, reason=what)
     folder.write_json("summary.json", {**_summary("failed", run, plan), "error": what})
-    if isinstance(error, InputError):
-        raise error
     text = "".join(traceback.format_exception(error))
     (folder.path / "logs" / "error.txt").write_text(text, encoding="utf-8")
     if plan.full_error or not isinstance(error, RunnerError):
@@ -356,7 +399,16 @@ class _Signals:
     run: Run | None = None
     received = False
 
+    def __init__(self) -> None:
+        self._process = os.getpid()
+
     def __call__(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._process:
+            # A data worker, forked with this handler: the training process decides when it ends.
+            if number != signal.SIGINT:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
         if self.received:
             os._exit(INTERRUPTED if number == signal.SIGINT else 128 + number)
         self.received = True

@@ -98,7 +98,7 @@ def _hold_out(texts: Sequence[str], count: int, seed: int) -> set[int]:
 
 def text_files(
     train: str,
-    eval: str | None,
+    eval: str | None = None,
     tokenizer: str = "minilm-l6",
     text: str = "sentence",
     pair: str | None = None,

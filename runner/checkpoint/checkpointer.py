@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -16,7 +17,7 @@ from runner.checkpoint import store
 from runner.checkpoint.manifest import Damaged, Entry, Manifest
 from runner.checkpoint.tensor_file import type_name
 from runner.checkpoint.tree import join, split, tensors_of
-from runner.errors import InputError, Problem, wrong
+from runner.errors import InputError, Problem, RunnerError, wrong
 
 STATE = "state.json"
 
@@ -46,10 +47,10 @@ class Best(NamedTuple):
 class Checkpointer:
     """Saves and loads named objects, in folders `step_00000100` of one folder.
 
-    `state` maps names to objects; they are loaded in this order (random states go last). A name of `optional` may be
-    missing in a checkpoint or among the objects. The newest `keep` checkpoints stay, and so does the best one by
-    `best`, and those of `protected`. Only one process may have a Checkpointer for a folder: making one removes what
-    killed processes left there.
+    `state` maps names to objects; they are loaded in this order (random states go last). A name that matches one of
+    the patterns `optional` (`hooks.*`) may be missing in a checkpoint or among the objects. The newest `keep`
+    checkpoints stay, and so does the best one by `best`, and those of `protected`. Only one process may have a
+    Checkpointer for a folder: making one removes what killed processes left there.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Checkpointer:
         self._state = dict(state)
         self._keep = keep
         self._best = None if best is None else Best(*best)
-        self._optional = frozenset(optional)
+        self._optional = tuple(optional)
         self._protected = {path.resolve() for path in protected}
         self._metrics: dict[Path, Mapping[str, float]] = {}
         store.sweep(folder)
@@ -163,6 +164,9 @@ class Checkpointer:
         known = float(best["value"])
         return value < known if self._best.mode == "min" else value > known
 
+    def _may_lack(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self._optional)
+
     def _complete(self) -> list[Path]:
         """The complete checkpoints by rising step, with their metrics known; a manifest is read only once."""
         paths = store.candidates(self._folder)
@@ -184,8 +188,8 @@ class Checkpointer:
     def _targets(self, path: Path, manifest: Manifest, saved: Mapping[str, Any], convert: bool) -> dict[str, Tensor]:
         """The tensors to fill, by name, once it is sure that everything fits."""
         problems: list[Problem] = []
-        missing = [name for name in self._state if name not in saved and name not in self._optional]
-        unused = [name for name in saved if name not in self._state and name not in self._optional]
+        missing = [name for name in self._state if name not in saved and not self._may_lack(name)]
+        unused = [name for name in saved if name not in self._state and not self._may_lack(name)]
         odd: list[str] = []
         targets: dict[str, Tensor] = {}
         for name in (name for name in self._state if name in saved):
@@ -208,6 +212,18 @@ class Checkpointer:
         if problems:
             raise InputError(*problems)
         return targets
+
+
+def extra_of(path: Path) -> Any:
+    """What was saved beside the state, read without loading anything. Raises InputError where it is damaged."""
+    try:
+        return join(_read_document(path)["extra"], _no_tensor)
+    except Damaged as error:
+        raise wrong("resume", str(error), "name another checkpoint", value=str(path)) from error
+
+
+def _no_tensor(name: str) -> Any:
+    raise RunnerError(f"{name} is a tensor where none belongs")
 
 
 def _template(item: Stateful, saved: Any) -> Any:

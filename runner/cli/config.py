@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from runner.cli.train import raise_problems
 from runner.errors import wrong
+from runner.folder import finite
 from runner.recipe.compose import compose, dump
 from runner.recipe.overrides import Invocation
 
 
 def show_config(invocation: Invocation) -> int:
-    """Prints the configuration as YAML (with --resolve its interpolations resolved) and returns 0.
+    """Prints the configuration as YAML, or JSON (with --resolve its interpolations resolved), and returns 0.
 
     Raises InputError where it is wrong, as a run would.
     """
@@ -27,5 +29,8 @@ def show_config(invocation: Invocation) -> int:
                 "--package", "there is no such key", "name a key of the configuration", value=invocation.package
             )
         config = config[word] if word else config
-    print(dump(config), end="")
+    if invocation.json:
+        print(json.dumps(finite(config), indent=2, ensure_ascii=False))
+    else:
+        print(dump(config), end="")
     return 0

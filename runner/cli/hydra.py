@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from runner.errors import InputError, Mark
+from runner.errors import InputError, Mark, wrong
 from runner.recipe.compose import Composition, compose, dump, nearest
 from runner.recipe.overrides import Invocation
 from runner.recipe.problems import place
@@ -25,6 +25,8 @@ def delegate(invocation: Invocation) -> int:
     if invocation.hydra_help:
         print(_HYDRA, end="")
         return 0
+    if invocation.json:
+        raise wrong("--json", "--info prints text only", "--cfg job --json prints the configuration")
     directory = Path.cwd()
     composition = compose(invocation.overrides, directory=directory, config_dirs=invocation.config_dirs)
     what = invocation.info or "all"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,10 +19,11 @@ from typing import Any
 
 from runner.cli.train import command_of, plan_of, raise_problems
 from runner.errors import InputError, Problem
-from runner.folder import RunFolder
+from runner.folder import RunFolder, finite
 from runner.launch.environment import Environment
 from runner.recipe.compose import Composition, compose
-from runner.recipe.overrides import Invocation, jobs
+from runner.recipe.overrides import COMMAND_LINE, Invocation, assignment, jobs
+from runner.recipe.redact import redact_command, secrets_of
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _INTERRUPTED = (75, 130, -signal.SIGINT, -signal.SIGTERM)
@@ -28,7 +31,7 @@ _INTERRUPTED = (75, 130, -signal.SIGINT, -signal.SIGTERM)
 
 @dataclass
 class Job:
-    """One combination: its overrides, those of them that vary over the sweep, its folder."""
+    """One combination: its overrides, those of them that vary over the sweep (without secrets), its folder."""
 
     overrides: list[str]
     varied: list[str]
@@ -47,6 +50,7 @@ def sweep(invocation: Invocation, environment: Environment, started: float) -> i
     lists = jobs(invocation)
     compositions = [compose(words, directory=directory, config_dirs=invocation.config_dirs) for words in lists]
     _raise_all(compositions)
+    _one_folder(compositions)
     varying = [words for words in zip(*lists, strict=True) if len(set(words)) > 1]
     first = compositions[0].config
     if first["run_dir"] is not None:
@@ -56,14 +60,22 @@ def sweep(invocation: Invocation, environment: Environment, started: float) -> i
         folder.link_latest()
     found = []
     for number, (words, composition) in enumerate(zip(lists, compositions, strict=True)):
-        varied = [column[number] for column in varying]
-        name = "_".join([str(number), *(_file_name(word) for word in varied)])[:120]
+        varied = _redacted([column[number] for column in varying], [composition])
+        name = "_".join([str(number), *(_file_name(word) for word in varied)])
+        name = name.encode()[:120].decode(errors="ignore")
         found.append(Job(words, varied, composition, folder.path / name))
-    print(f"sweep of {len(found)} jobs: {_short(folder.path, directory)}", flush=True)
+    where = _short(folder.path, directory)
+    for note in dict.fromkeys(note for composition in compositions for note in composition.notes):
+        print(note, flush=True)
+    print(f"sweep of {len(found)} {'job' if len(found) == 1 else 'jobs'}: {where}", flush=True)
+    command = _redacted(_words(invocation), compositions)
     stopped = _run_all(found, invocation, environment, directory, started)
     rows = [_row(job) for job in found]
-    _write(folder, rows, invocation)
-    print(_table(rows), flush=True)
+    content = {"command": command, "jobs": rows}
+    _write(folder, content)
+    if stopped is not None:
+        print(f"to go on: {shlex.join(['python', '-m', 'runner', *_with_folder(command, where)])}", flush=True)
+    print(json.dumps(finite(content), indent=2, ensure_ascii=False) if invocation.json else _table(rows), flush=True)
     if stopped is not None:
         return stopped
     failed = [row for row in rows if row["exit_code"] != 0]
@@ -85,15 +97,45 @@ def _raise_all(compositions: Sequence[Composition]) -> None:
         raise InputError(*seen.values())
 
 
+def _one_folder(compositions: Sequence[Composition]) -> None:
+    """Raises InputError where the jobs would have several values of run_dir."""
+    written = {composition.unresolved["run_dir"]: None for composition in compositions}
+    resolved = {composition.config["run_dir"]: None for composition in compositions}
+    is_time = any("${now:" in text for text in written if text)  # it goes on while the jobs are composed
+    if len(written) > 1 or (len(resolved) > 1 and not is_time):
+        why = "a sweep has one folder, in which each job gets a folder of its own"
+        values = ", ".join("null" if value is None else value for value in resolved)
+        raise InputError(Problem("run_dir", why, "give one value, or leave run_dir out", values, COMMAND_LINE))
+
+
+def _words(invocation: Invocation) -> list[str]:
+    """The command line that repeats the sweep."""
+    flags = ["-m", *(["--json"] if invocation.json else [])]
+    return [*flags, *(f"+{word}" if word.startswith("recipe=") else word for word in command_of(invocation))]
+
+
+def _redacted(words: Sequence[str], compositions: Sequence[Composition]) -> list[str]:
+    secrets = {secret for each in compositions for secret in secrets_of(each.config, each.unresolved)}
+    return redact_command(words, secrets)
+
+
+def _with_folder(words: Sequence[str], folder: str) -> list[str]:
+    """A command line whose run_dir is the folder."""
+    others = [word for word in words if word.lstrip("+~").partition("=")[0] != "run_dir"]
+    return [*others, assignment("run_dir", folder)]
+
+
 def _run_all(
     found: Sequence[Job], invocation: Invocation, environment: Environment, directory: Path, started: float
 ) -> int | None:
     """Runs the jobs; the exit code of a job that was interrupted ends the sweep and is returned."""
     for number, job in enumerate(found, 1):
         print(f"\njob {number}/{len(found)}  {' '.join(job.varied)}", flush=True)
-        repeated = Invocation(overrides=job.overrides, config_dirs=invocation.config_dirs)
+        where = _short(job.folder, directory)
+        repeated = Invocation(overrides=_with_folder(job.overrides, where), config_dirs=invocation.config_dirs)
         plan = plan_of(job.composition, command_of(repeated), directory, environment, started)
-        plan.run_dir = str(job.folder)
+        plan.run_dir = where
+        plan.config = {**plan.config, "run_dir": where}
         path = job.folder.with_name(f".{job.folder.name}.plan.json")
         plan.save(path)
         try:
@@ -146,8 +188,9 @@ def _row(job: Job) -> dict[str, Any]:
     }
 
 
-def _write(folder: RunFolder, rows: list[dict[str, Any]], invocation: Invocation) -> None:
-    folder.write_json("sweep.json", {"command": command_of(invocation), "jobs": rows})
+def _write(folder: RunFolder, content: dict[str, Any]) -> None:
+    folder.write_json("sweep.json", content)
+    rows = content["jobs"]
     names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
     text = io.StringIO()
     plain = ["job", "status", "exit_code", "steps", "train_seconds", "samples_per_second", "peak_memory_bytes", "error"]
@@ -192,7 +235,7 @@ def _number(value: Any, form: str) -> str:
 
 
 def _file_name(word: str) -> str:
-    return re.sub(r"[^\w.=,+-]+", "-", word.lstrip("+"))
+    return re.sub(r"[^\w.=+-]+", "-", word.lstrip("+"))
 
 
 def _short(path: Path, directory: Path) -> str:

@@ -75,16 +75,16 @@ class Progress(Hook):
         step = run.progress.step if live else record["step"]
         epochs = -(-plan.steps // plan.steps_per_epoch)
         parts = [f"step {step:>{len(str(plan.steps))}}/{plan.steps}"]
-        if epochs > 1:
-            samples = run.progress.samples if live else record["samples"]
-            parts.append(f"epoch {samples / run.train_data.order.samples_per_epoch:.2f}/{epochs}")
+        if epochs > 1 and not live:
+            parts.append(f"epoch {record['samples'] / run.train_data.order.samples_per_epoch:.2f}/{epochs}")
         # Reading the step's own loss costs nothing on a CPU and waits for any other device.
         loss = run.loss if live and run.engine.device.type == "cpu" else record.get("loss")
         if loss is not None:
             parts.append(f"loss {float(loss):.4f}")
         if live:
             parts += [f"{name} {value:.4f}" for name, value in run.metrics.items() if name not in _NOT_SHOWN]
-        parts += _values(record, {"samples_per_second": ".1f"})
+        rate = record.get("samples_per_second", 0.0)
+        parts += _values(record, {"samples_per_second": ".1f" if rate < 1000 else ".0f"})
         left = self._left(run, step)
         if left is not None:
             parts.append(f"left {left}")

@@ -293,6 +293,7 @@ class _Composer:
         result.unresolved = complete(copy.deepcopy(self.tree.data))
         result.config, problems, result.failed = resolve(result.unresolved, {p.key for p in self.problems})
         result.origins = {dotted(keys): mark for keys, mark in self.tree.marks.items()}
+        result.origins.update(self._chosen_where())
         recipe = repository.documents.get(f"{RECIPE}/{result.recipe}")
         if recipe is not None:
             result.origins[""] = Mark(recipe.file)
@@ -303,6 +304,19 @@ class _Composer:
         if result.recipe is None and not any(p.key == RECIPE for p in result.problems):
             self._ask_for_recipe(result)
         return result
+
+    def _chosen_where(self) -> dict[str, Mark]:
+        """Of a group that an option's file fills: where the option was chosen, by command line or recipe."""
+        files = {document.file for document in self.repository.documents.values()}
+        root = self.repository.root_groups
+        return {
+            group: choice.mark
+            for group, choice in self._choices().items()
+            if (mark := self.tree.marks.get((group,))) is not None
+            and mark.line is None
+            and mark.file in files
+            and choice is not root.get(group)
+        }
 
     def _choices(self) -> dict[str, Choice]:
         """The choice of each group, the command line's before a recipe's before the root's."""

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, RangeSweep
+from hydra.core.override_parser.types import Override, Quote, QuotedString, RangeSweep
 from hydra.errors import HydraException
 
 from runner.errors import InputError, Mark, Problem
 from runner.recipe.document import Keys
-from runner.recipe.sources import RECIPE, Repository, search
+from runner.recipe.sources import RECIPE, Repository, near, search
 
 #: Where a value stands that was typed.
 COMMAND_LINE = Mark("command line")
+
+#: The words that stand first and are no override.
+VERBS = ("recipes",)
+
+#: A value that can only be a text: nothing of Hydra's grammar is in it.
+_TEXT = re.compile(r"""(?!\w+\()[^\[\]{},='"\\\x00-\x1f\x7f]+""")
+
+#: Keys whose value is a path, where `=` is a character like others: jobs of a sweep have it in their folders' names.
+_PATHS = ("run_dir", "resume")
 
 #: More jobs than this in one sweep are a mistake.
 MAX_JOBS = 10_000
@@ -62,8 +72,13 @@ class Invocation:
 
 
 def parse_arguments(argv: Sequence[str]) -> Invocation:
-    """Sorts the arguments into flags and overrides; what is neither becomes a problem."""
+    """Sorts the arguments into flags and overrides; what is neither becomes a problem.
+
+    Raises InputError where the first word is meant as a verb that there is not: nothing else is worth saying then.
+    """
     found = Invocation()
+    if argv and re.fullmatch(r"[a-z][a-z_-]*", argv[0]) and argv[0] not in _recipes():
+        raise InputError(_not_a_verb(argv[0]))
     words = iter(range(len(argv)))
     for position in words:
         word = argv[position]
@@ -130,10 +145,18 @@ def _not_a_flag(word: str, following: str | None) -> Problem:
     return _problem(word, "there is no such flag", "`--help` lists the flags; overrides are written `key=value`")
 
 
+def _recipes() -> list[str]:
+    return Repository(search(Path.cwd())).options(RECIPE)
+
+
+def _not_a_verb(word: str) -> Problem:
+    fix = f"{near(word, VERBS)}verbs: {', '.join(VERBS)}; `+recipe=NAME` trains, `--help` says more"
+    return _problem(word, "there is no such verb", fix)
+
+
 def _not_an_override(word: str) -> Problem:
-    names = Repository(search(Path.cwd())).options(RECIPE)
     plain = word.lstrip("+").removeprefix("recipe/").removesuffix(".yaml")
-    if plain in names:
+    if plain in _recipes():
         return _problem(word, "not an override: it has no `=`", f"write `+recipe={plain}`")
     return _problem(
         word, "not an override: it has no `=`", "overrides are written `key=value`, `--help` lists the keys"
@@ -190,6 +213,9 @@ def _grammar(text: str, problems: list[Problem]) -> Override | None:
         return OverridesParser.create().parse_overrides([text])[0]
     except (HydraException, ValueError, RecursionError) as error:
         key, equals, value = text.partition("=")
+        is_text = _TEXT.fullmatch(value.replace("=", "") if key.lstrip("+") in _PATHS else value)
+        if is_text and (plain := _as_text(key, value)) is not None:
+            return plain
         lines = str(error).split("\n")
         found = lines[1] if lines[0].startswith("Error parsing override") and len(lines) > 1 else lines[0]
         if found.startswith("LexerNoViableAltException"):
@@ -197,6 +223,26 @@ def _grammar(text: str, problems: list[Problem]) -> Override | None:
         fix = f"put the value in quotes: {_quoted(text)}" if equals and value else "write `key=value`"
         problems.append(Problem(key, f"the override cannot be read: {found}", fix, value, COMMAND_LINE))
         return None
+
+
+def _as_text(key: str, value: str) -> Override | None:
+    """`key=value` with the value as a text, whatever its characters; None where the key is no key."""
+    try:
+        override = OverridesParser.create().parse_overrides([f"{key}=text"])[0]
+    except (HydraException, ValueError, RecursionError):
+        return None
+    override._value = QuotedString(value.strip(), Quote.single)
+    override.input_line = f"{key}={value}"
+    return override
+
+
+def assignment(key: str, value: str) -> str:
+    """`key=value` as an override that gives just this text."""
+    if key in _PATHS and _TEXT.fullmatch(value.replace("=", "")):
+        return f"{key}={value}"
+    doubled = re.sub(r"(\\+)(?='|$)", r"\1\1", value)  # only before a quote does the grammar halve them
+    escaped = doubled.replace("'", "\\'")
+    return f"{key}='{escaped}'"
 
 
 def _quoted(text: str) -> str:

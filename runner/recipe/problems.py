@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import Mark, Problem
-from runner.recipe.schema import Config, keys_of
+from runner.recipe.redact import is_secret
 
 _WIDTH = 80
 _LONGEST_VALUE = 200
 _MOST = 50
-_SECRET = re.compile(r"(^|[._-])(token|key|password|secret)$", re.IGNORECASE)
+#: Keys that a recipe has to give: where one is missing, the recipe's file is the place to look at.
+_NEEDED = frozenset({"model", "task", "optimizer", "data", "data.train", "train", "batch", "batch.global_size"})
 _PLAIN = re.compile(r"[^\W\d][\w./ ${}:@+=~-]*|[\w./~-]+")
 
 
@@ -32,13 +33,13 @@ def render(problems: Sequence[Problem], origins: Mapping[str, Mark] | None = Non
 
 
 def nearest(origins: Mapping[str, Mark], key: str | None) -> Mark | None:
-    """The mark of a key, or of the nearest key above it; a recipe as a whole stands under the empty key."""
+    """The mark of a key, or of the nearest key above it; of a missing one, the recipe (under the empty key)."""
     above = key or ""
     while above:
         if above in origins:
             return origins[above]
         above = above.rpartition(".")[0]
-    return origins.get("") if key and key.partition(".")[0] in keys_of(Config) else None
+    return origins.get("") if key in _NEEDED else None
 
 
 def _order(mark: Mark | None) -> tuple[int, str, int, int]:
@@ -82,7 +83,7 @@ def place(mark: Mark | None, directory: Path) -> str:
 
 def show(value: Any, key: str | None = None) -> str:
     """A value as it would stand in YAML on one line, shortened, without secrets."""
-    text = "***" if key and _SECRET.search(key) and isinstance(value, str) else _flow(value)
+    text = "***" if key and is_secret(key) and isinstance(value, (str, list, tuple)) else _flow(value)
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
 
 

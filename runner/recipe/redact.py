@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 REDACTED = "<redacted>"
@@ -18,22 +18,39 @@ def redact(config: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, A
     `text_key` of a data set's column) becomes `<redacted>`. A value that comes from an environment variable of such a
     name, or that refers to a secret, keeps its interpolation, as it stands in `written`.
     """
-    secrets = {value for value in _secrets("", config, written) if value}
+    secrets = secrets_of(config, written)
     return {key: _one(str(key), value, written.get(key), secrets) for key, value in config.items()}
 
 
-def redact_command(words: Sequence[str]) -> list[str]:
-    """A command line whose overrides of secret keys have lost their values."""
+def secrets_of(config: Mapping[str, Any], written: Mapping[str, Any]) -> set[str]:
+    """The secret strings that a configuration holds, by the rules of `redact`."""
+    return {value for value in _secrets("", config, written) if value}
+
+
+def redact_command(words: Sequence[str], secrets: Collection[str] = ()) -> list[str]:
+    """A command line whose overrides of secret keys have lost their values, and all overrides the `secrets` in them."""
+    hidden = sorted({form for secret in secrets for form in _forms(secret)}, key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, hidden)) or r"(?!)")
     return [
-        f"{key}={REDACTED}" if equals and is_secret(key) else word
+        f"{key}={REDACTED}" if is_secret(key.lstrip("+~")) else f"{key}={pattern.sub(REDACTED, value)}"
+        if equals else word
         for word in words
-        for key, equals, _ in [word.partition("=")]
-    ]
+        for key, equals, value in [word.partition("=")]
+    ]  # fmt: skip
+
+
+def _forms(secret: str) -> Iterator[str]:
+    """A text as it may stand in an override: as it is, or escaped inside quotes."""
+    yield secret
+    for quote in "'\"":
+        yield secret.replace("\\", "\\\\").replace(quote, f"\\{quote}")
+        yield secret.replace(quote, f"\\{quote}")
 
 
 def is_secret(name: str) -> bool:
-    """Whether a name's last word says that its value is secret."""
-    words = [word for word in re.split(r"[_\-.]", name.lower()) if word]
+    """Whether the last word of a key (`hub_token`, `db.password`, `tokens.api_key.0`) says that its value is secret."""
+    last = next((part for part in reversed(name.lower().split(".")) if part and not part.isdigit()), "")
+    words = [word for word in re.split(r"[_\-]", last) if word]
     return bool(words) and words[-1] in _SECRET and words[:1] not in (["text"], ["pair"], ["label"])
 
 

@@ -98,7 +98,7 @@ class Backend:
 @dataclass
 class Launch:
     nproc_per_node: int = key(1, "processes on this node", least=1)
-    threads: int | None = key(None, "threads per process; default: cores / processes", least=1)
+    threads: int | None = key(None, "threads per process; default: cores / processes", least=1, most=1024)
 
 
 @dataclass

@@ -105,10 +105,15 @@ class _Checker:
         self.partial = partial
         self.problems: list[Problem] = []
 
-    def add(self, keys: Keys | str, why: str, fix: str = "", *value: Any) -> None:
+    def add(self, keys: Keys | str, why: str, fix: str = "", *value: Any, mark: Mark | None = None) -> None:
         name = keys if isinstance(keys, str) else dotted(keys)
         if name not in self.skip:
-            self.problems.append(Problem(name, why, fix, *value))
+            self.problems.append(Problem(name, why, fix, *value).at(mark))
+
+    def last(self, *names: str) -> Mark | None:
+        """The last of the places of several keys; the command line comes after all files."""
+        marks = [self.origins[name] for name in names if name in self.origins]
+        return max(marks, key=lambda mark: math.inf if mark.line is None else mark.line, default=None)
 
     # Keys and types
 
@@ -326,7 +331,10 @@ class _Checker:
             listed = " or ".join(dotted((*section, name)) for name in names)
             if len(given) > 1:
                 places = " and ".join(f"{name} ({self._place(dotted((*section, name)))})" for name in given)
-                self.add(section, f"exactly one of {listed} may be given, not {places}", "remove all but one")
+                mark = self.last(*(dotted((*section, name)) for name in given))
+                self.add(
+                    section, f"exactly one of {listed} may be given, not {places}", "remove all but one", mark=mark
+                )
             elif not given and not self.partial and not any(dotted((*section, n)) in self.skip for n in names):
                 examples = {"train": "train.epochs=3"}.get(dotted(section), f"{dotted(section)}={{steps: 100}}")
                 self.add(section, f"exactly one of {listed} must be given", f"for example {examples}")
@@ -374,7 +382,8 @@ class _Checker:
         if len(works) < 2:
             works += [f"accumulation.steps={s} with batch.micro_size={size // s}" for s in _divisors_near(size, steps)]
         why = f"global_size = micro_size x accumulation.steps x processes, but {size} is not {micro} x {steps} x 1 = "
-        self.add("batch", f"{why}{micro * steps}", f"these would work: {' or '.join(works[:2])}")
+        mark = self.last("batch.global_size", "batch.micro_size", "accumulation.steps")
+        self.add("batch", f"{why}{micro * steps}", f"these would work: {' or '.join(works[:2])}", mark=mark)
 
 
 def _divisors_near(number: int, wanted: int) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from runner.errors import Problem
+from runner.errors import InputError, Problem
 from runner.train.task import Metric, Task
 
 
@@ -18,13 +18,15 @@ class Classification(Task):
 
     Args:
         num_classes: labels of a data set that shows them (`labels`, or the last of a TensorDataset's tensors)
-            are checked against it before a model exists; None checks nothing.
+            are checked against it before a model exists; and in any case against the model's first logits.
         meters: name -> object with update(predictions, targets), compute() and reset().
     """
 
     def __init__(self, num_classes: int | None = None, meters: Mapping[str, Any] | None = None) -> None:
         self.num_classes = num_classes
         self.meters = dict(meters or {})
+        #: Largest label of each data set, until it is compared with the model's classes.
+        self._largest: dict[str, int] = {}
 
     def logits(self, outputs: Any) -> Tensor:
         """The tensor of logits in what the model returns: itself, or its attribute `logits`."""
@@ -34,7 +36,25 @@ class Classification(Task):
         return batch[1]
 
     def loss(self, outputs: Any, batch: Any) -> Tensor:
-        return cross_entropy(self.logits(outputs), self.labels(batch), reduction="sum")
+        logits = self.logits(outputs)
+        if self._largest:
+            self._compare(logits.shape[-1])
+        return cross_entropy(logits, self.labels(batch), reduction="sum")
+
+    def _compare(self, classes: int) -> None:
+        """Raises InputError for labels that the model has no logit for: torch's own error names no data set."""
+        problems = [
+            Problem(
+                key,
+                f"its largest label is {label}, outside the {classes} classes 0 to {classes - 1} that the model knows",
+                f"give the model {label + 1} classes, or mend the labels",
+            )
+            for key, label in self._largest.items()
+            if label >= classes
+        ]
+        self._largest = {}
+        if problems:
+            raise InputError(*problems)
 
     def weight(self, batch: Any) -> int:
         return self.labels(batch).shape[0]
@@ -49,9 +69,13 @@ class Classification(Task):
         labels = getattr(dataset, "labels", None)
         if labels is None and getattr(dataset, "tensors", None):
             labels = dataset.tensors[-1]
-        if self.num_classes is None or labels is None:
+        if labels is None:
             return []
         labels = torch.as_tensor(labels)
+        if labels.numel() and not labels.is_floating_point():
+            self._largest[key] = int(labels.max())
+        if self.num_classes is None:
+            return []
         outside = ((labels < 0) | (labels >= self.num_classes)).nonzero()
         if not len(outside):
             return []

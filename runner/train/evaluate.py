@@ -14,8 +14,11 @@ from runner.errors import wrong
 from runner.train.run import Run
 
 
-def evaluate(run: Run) -> dict[str, Any]:
-    """Loss and metrics over the held-out data, as an evaluation record without its step."""
+def evaluate(run: Run, steps: int | None = None) -> dict[str, Any] | None:
+    """Loss and metrics over the held-out data (or its first `steps` steps), as a record without its step.
+
+    None where a signal asked for the end meanwhile.
+    """
     assert run.eval_data is not None
     model = run.engine.model
     was_training = model.training
@@ -29,7 +32,9 @@ def evaluate(run: Run) -> dict[str, Any]:
         stack.enter_context(torch.no_grad())
         model.eval()
         try:
-            for batches in run.eval_data.steps(0, run.eval_data.order.steps_per_epoch):
+            for batches in run.eval_data.steps(0, steps or run.eval_data.order.steps_per_epoch):
+                if run.signal is not None:
+                    return None
                 for batch in batches:
                     _one(run, batch, sums, meters)
         finally:

@@ -45,6 +45,8 @@ def train(run: Run) -> None:
         # The step's seed comes before its data are fetched: a data set may draw from the generator too.
         run.engine.seed(seed, progress.step)
         progress.start_clock()
+        if progress.owes_evaluation:
+            evaluate_now(run)
         for batches in run.train_data.steps(progress.step, plan.steps):
             step = progress.step
             if plan.starts_epoch(step) or step == first:
@@ -98,10 +100,16 @@ def evaluate_now(run: Run) -> None:
     run.evaluation_asked = False
     settle(run)
     if run.eval_data is None:
+        run.progress.owes_evaluation = False
         return
     started = time.perf_counter()
     run.folder.state("evaluating", step=run.progress.step)
+    # Owed until it is done: what is saved after a signal says so, and the run that goes on begins with it.
+    run.progress.owes_evaluation = True
     metrics = evaluate(run)
+    if metrics is None:
+        return
+    run.progress.owes_evaluation = False
     run.paused_seconds += time.perf_counter() - started
     run.folder.state("running", step=run.progress.step)
     run.metrics = {"split": "eval", "step": run.progress.step, **metrics}
@@ -123,7 +131,7 @@ def save_now(run: Run) -> None:
     fresh = run.metrics.get("step") == run.progress.step
     path = run.checkpointer.save(
         run.progress.step,
-        {"config": dict(run.config), "samples": run.progress.samples},
+        {"config": dict(run.config), "setting": run.setting},
         metrics={k: v for k, v in run.metrics.items() if k not in ("split", "step", "samples")} if fresh else None,
     )
     run.paused_seconds += time.perf_counter() - started

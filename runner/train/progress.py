@@ -32,6 +32,8 @@ class Progress:
     samples: int = 0
     skipped: int = 0
     overflows: int = 0
+    #: An evaluation was due at this step and a signal left no time for it.
+    owes_evaluation: bool = False
     seconds_before: float = 0.0
     _started: float | None = field(default=None, repr=False)
 
@@ -49,10 +51,12 @@ class Progress:
             "samples": self.samples,
             "skipped": self.skipped,
             "overflows": self.overflows,
+            "owes_evaluation": self.owes_evaluation,
             "seconds": self.seconds,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step, self.samples = state["step"], state["samples"]
         self.skipped, self.overflows = state["skipped"], state["overflows"]
+        self.owes_evaluation = state["owes_evaluation"]
         self.seconds_before = state["seconds"]

@@ -125,9 +125,9 @@ def test_another_run_goes_on_from_a_checkpoint(cli: Cli, tmp_path: Path) -> None
     ("words", "said"),
     [
         (["resume=never"], "is not empty"),
-        (["train.epochs=3", "optimizer.lr=0.5"], "was 0.001 when this run was started"),
-        (["train.epochs=3", "seed=1"], "was 0 when this run was started"),
-        (["train.epochs=3", "batch.global_size=16"], "was 32 when this run was started"),
+        (["train.epochs=3", "optimizer.lr=0.5"], "was 0.001 in the run that goes on"),
+        (["train.epochs=3", "seed=1"], "was 0 in the run that goes on"),
+        (["train.epochs=3", "batch.global_size=16"], "was 32 in the run that goes on"),
     ],
 )
 def test_what_would_make_it_another_training_is_refused(
@@ -177,7 +177,7 @@ def test_wrong_input_leaves_no_folder(cli: Cli, tmp_path: Path, capsys: pytest.C
         (["data.drop_last=true", "batch.global_size=512"], "256 samples are fewer than batch.global_size=512"),
         (["data.group_by_length=true"], "has no `lengths`"),
         (["scheduler=linear", "scheduler.warmup=99"], "the warm-up of 99 steps is longer than the run of 16"),
-        (["optimizer.betas=[2.0,0.9]"], "optimizer torch.optim.AdamW: Invalid beta parameter"),
+        (["optimizer.betas=[2.0,0.9]"], "torch.optim.AdamW refused: ValueError: Invalid beta parameter"),
         (["hooks.mine={_target_: builtins.dict, on_step: 1}", "hooks.early_stop={_target_: nowhere.Stop}"], "nowhere"),
         (["data.train={_target_: torch.load, f: missing.pt}"], "data.train missing.pt No such file"),
     ],

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from runner.errors import InputError
 from runner.places import BUILTIN
 from runner.recipe.problems import render
 
@@ -258,7 +259,7 @@ def test_values(lines, key, why, fix, line, project):
         ("precision=fp32,bf16", "precision", "several runs", "-m"),
         ("seed=range(3)", "seed", "several runs", "-m"),
         ("name=[a", "name", "cannot be read", "quotes"),
-        ("name=é", "name", "cannot be read", "\"name='é'\""),
+        ("name=é=", "name", "cannot be read", "\"name='é='\""),
         ("name=f(3)", "name", "cannot be read", "quotes"),
         ("=3", "", "", ""),
         ("seed@x=3", "seed", "no group", ""),
@@ -268,6 +269,7 @@ def test_values(lines, key, why, fix, line, project):
         ("batch.micro_size=100", "batch.micro_size", "32 = 100 x ?", "batch.micro_size=16 or batch.micro_size=32"),
         ("data.drop_last=maybe", "data.drop_last", "true or false", "without quotes"),
         ("data.num_workers=10000", "data.num_workers", "1024", ""),
+        ("launch.threads=99999", "launch.threads", "1024", ""),
         ("data.num_workers=-1", "data.num_workers", "from 0", ""),
         ("data.foo=1", "data.foo", "unknown key", "data._target_"),
         ("device=gpu", "device", "one of auto, cpu, cuda, mps", ""),
@@ -450,6 +452,39 @@ def test_any_command_line_gives_a_plan_or_problems(seed, project):
         for _ in range(rng.randrange(1, 4)):
             word.insert(rng.randrange(len(word) + 1), rng.choice(CHARACTERS.replace("\0", "")))
         chosen[at] = "".join(word)
-        invocation = parse_arguments(chosen)
+        try:
+            invocation = parse_arguments(chosen)
+        except InputError:  # its first word is no verb
+            continue
         composition = project.compose(*invocation.overrides)
         assert render([*invocation.problems, *composition.check()], composition.origins, directory=project.folder)
+
+
+# Places
+
+
+def test_an_option_stands_where_it_was_chosen(project, good):
+    project.write("recipes/own.yaml", good + "precision: tf32\n")
+    chosen = project.compose("+recipe=own").origins
+    assert (chosen["precision"].line, chosen["precision"].column) == (9, 1)
+    assert chosen["precision"].file.endswith("recipes/own.yaml")
+    assert chosen["precision.tf32"].file.endswith("conf/precision/tf32.yaml")
+    typed = project.compose("+recipe=own", "precision=bf16", "optimizer=sgd").origins
+    assert str(typed["precision"]) == str(typed["optimizer"]) == "command line"
+    assert typed["optimizer._target_"].file.endswith("conf/optimizer/sgd.yaml")
+
+
+def test_what_the_recipe_says_below_a_group_stands_there(project, good):
+    project.write("recipes/own.yaml", good + "optimizer:\n  lr: 3\n")
+    assert project.compose("+recipe=own", "optimizer=adamw").origins["optimizer"].line == 9
+
+
+@pytest.mark.parametrize("words", [("train.steps=5", "train.epochs=2"), ("batch.micro_size=8", "accumulation.steps=3")])
+def test_typed_keys_that_contradict_each_other_stand_at_the_command_line(words, project):
+    problem = only(project.own("", *words))
+    assert str(problem.mark) == "command line"
+
+
+def test_keys_of_a_file_that_contradict_each_other_stand_at_the_last(project, good):
+    project.write("recipes/own.yaml", good.replace("train: {epochs: 1}", "train:\n  epochs: 1\n  steps: 2"))
+    assert only(project.check("+recipe=own")).mark.line == 9

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from runner.errors import InputError
-from runner.recipe.overrides import Invocation, jobs, parse_arguments, split_jobs
+from runner.recipe.overrides import Invocation, assignment, jobs, parse, parse_arguments, split_jobs
 
 
 def test_flags_and_overrides_in_any_order():
@@ -68,7 +68,7 @@ def test_flags(argv, expected):
         (["smoke"], "+recipe=smoke"),
         (["+recipe/smoke"], "+recipe=smoke"),
         (["smoke.yaml"], "+recipe=smoke"),
-        (["nosuch"], "key=value"),
+        (["+recipe=smoke", "nosuch"], "key=value"),
         ([""], "key=value"),
     ],
 )
@@ -77,6 +77,50 @@ def test_what_is_neither_is_one_problem(argv, fix):
     assert len(found.problems) == 1
     assert fix in found.problems[0].fix
     assert found.problems[0].mark.file == "command line"
+
+
+@pytest.mark.parametrize(("word", "fix"), [("evaluate", "verbs: recipes"), ("recipe", "did you mean recipes?")])
+def test_a_first_word_that_is_no_verb(word, fix):
+    with pytest.raises(InputError) as caught:
+        parse_arguments([word, "run_dir=r"])
+    (problem,) = caught.value.problems
+    assert problem.why == "there is no such verb"
+    assert fix in problem.fix
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("name=größe", "größe"),
+        ("+model.a=x;y", "x;y"),
+        ("run_dir=runs/2026-größe_x-e7ab", "runs/2026-größe_x-e7ab"),
+        ("run_dir=sw/1_precision=bf16", "sw/1_precision=bf16"),
+        ("data.train=a<b>#c)", "a<b>#c)"),
+        ("name='größe'", "größe"),
+    ],
+)
+def test_characters_that_the_grammar_does_not_know_are_text(text, value):
+    (found,), problems = parse([text])
+    assert problems == []
+    assert found.value == value
+
+
+@pytest.mark.parametrize(
+    "text", ["seed=range(1", "name=a=b", "größe=3", "name=é,ü", "name=a\x07", "name={é", "name=é'"]
+)
+def test_what_is_no_plain_text_stays_refused(text):
+    found, problems = parse([text])
+    assert found == []
+    assert len(problems) == 1
+
+
+@pytest.mark.parametrize(
+    "path", ["sw/0", "sw/1_seed=1", "a,b/größe", "it's/[x]", "a\\b", "a\\\\'[", "[b\\", "f(1)", "a b"]
+)
+def test_any_path_can_be_an_override(path):
+    (found,), problems = parse([assignment("run_dir", path)])
+    assert problems == []
+    assert found.value == path
 
 
 def test_jobs_of_a_sweep():

@@ -80,7 +80,7 @@ def test_long_values_are_cut():
 def test_secrets_are_not_shown():
     assert show("hunter2", "hub_token") == "***"
     assert show({"api_key": "hunter2", "text_key": "x", "tokenizer": "bert"}, "a") == (
-        "{api_key: ***, text_key: ***, tokenizer: bert}"
+        "{api_key: ***, text_key: x, tokenizer: bert}"
     )
     assert "hunter2" not in render([Problem("a.password", "x", "", "hunter2")], {}, directory=Path("/"))
 
@@ -96,5 +96,6 @@ def test_the_nearest_mark():
     assert nearest(origins, "a.b.c") == Mark("f", 2, 1)
     assert nearest(origins, "a.x") == Mark("f", 1, 1)
     assert nearest(origins, "model") == Mark("recipe")
+    assert nearest(origins, "resume") is None  # a default: it stands nowhere
     assert nearest(origins, "RANK") is None
     assert nearest(origins, None) is None

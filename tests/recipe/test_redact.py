@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from runner.recipe.redact import REDACTED, is_secret, redact, redact_command
+from runner.recipe.redact import REDACTED, is_secret, redact, redact_command, secrets_of
 
 
 def one(key: str, value: Any, written: Any = None) -> Any:
@@ -26,6 +26,7 @@ def one(key: str, value: Any, written: Any = None) -> Any:
         "db.password",
         "client_secret",
         "hf_token_",
+        "model.api_key.0",
     ],
 )
 def test_secret_names(key: str) -> None:
@@ -41,6 +42,7 @@ def test_secret_names(key: str) -> None:
         "text_key",
         "pair_key",
         "label_key",
+        "data.text_key",
         "keys",
         "secrets_file",
         "monkey",
@@ -108,3 +110,18 @@ def test_a_command_line_loses_its_secrets() -> None:
         "data.tokenizer=bert",
         "~hooks.progress",
     ]
+
+
+@pytest.mark.parametrize("word", ["token=canary", "+token=canary", "++model.api_key=canary", "~a.password=canary"])
+def test_an_override_of_any_form_loses_its_secret(word: str) -> None:
+    assert redact_command([word]) == [word.replace("canary", REDACTED)]
+
+
+def test_secrets_inside_values_of_overrides() -> None:
+    config = {"model": {"width": 3, "api_key": "HUSH1234", "args": [{"token": "it's"}]}, "name": "x"}
+    secrets = secrets_of(config, config)
+    assert secrets == {"HUSH1234", "it's"}
+    words = ["model={width: 3, api_key: HUSH1234, args: [{token: 'it\\'s'}]}", "name=x", "HUSH1234=3"]
+    assert redact_command(words, secrets) == [
+        f"model={{width: 3, api_key: {REDACTED}, args: [{{token: '{REDACTED}'}}]}}", "name=x", "HUSH1234=3"
+    ]  # fmt: skip

@@ -100,7 +100,7 @@ def test_pairs_of_sentences(tiny: str, tmp_path: Path) -> None:
     """The columns of MRPC's own files."""
     head = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
     path = write(tmp_path / "msr.tsv", head + '1\t7\t8\ta "good film\tfine\n0\t9\t10\tdull\tbad plot\n')
-    built = text_files(path, None, tiny, text="#1 String", pair="#2 String", label="Quality", max_length=32)
+    built = text_files(path, tokenizer=tiny, text="#1 String", pair="#2 String", label="Quality", max_length=32)
     assert built.eval is None
     batch = built.collate(built.train.__getitems__([0, 1]))
     assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1, 0, 0]]
