@@ -44,10 +44,13 @@ live_line = _LiveLine()
 class _Terminal(logging.Handler):
     """Writes to today's sys.stdout, errors to sys.stderr, in the place of a live line where one stands."""
 
+    aside = False
+
     def emit(self, record: logging.LogRecord) -> None:
         live_line.clear()
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        say(f"{prefix}{record.getMessage()}\n", sys.stderr if record.levelno >= logging.ERROR else sys.stdout)
+        stream = sys.stderr if self.aside or record.levelno >= logging.ERROR else sys.stdout
+        say(f"{prefix}{record.getMessage()}\n", stream)
 
 
 def say(text: str, stream: TextIO | None) -> None:
@@ -67,8 +70,9 @@ def say(text: str, stream: TextIO | None) -> None:
         os.close(null)
 
 
-def speak() -> None:
-    """Sends the program's messages to the terminal."""
+def speak(*, aside: bool = False) -> None:
+    """Sends the program's messages to the terminal; `aside` to stderr, where stdout is for machines."""
+    _Terminal.aside = aside
     log.setLevel(logging.INFO)
     log.propagate = False
     if not any(isinstance(handler, _Terminal) for handler in log.handlers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import resource
@@ -24,10 +25,10 @@ from runner.checkpoint import extra_of, find, latest
 from runner.distributed import leave
 from runner.environment import describe_later
 from runner.errors import InputError, Problem, RunnerError, wrong
-from runner.folder import RunFolder
+from runner.folder import RunFolder, finite
 from runner.launch.worker import WorkPlan
 from runner.places import make_importable
-from runner.recipe.redact import redact, redact_command
+from runner.recipe.redact import redact, redact_command, secrets_of
 from runner.train.loop import train
 from runner.train.progress import Plan
 from runner.train.run import Run
@@ -90,6 +91,7 @@ def _in_folder(
     try:
         if fresh:
             folder.state("starting", step=0)
+            _write_inputs(plan, folder)
         built = assemble(plan.config, parts, folder, resume=resume, terminal=plan.terminal)
         check_metrics(built)
         built.config = redact(plan.config, plan.written)
@@ -302,6 +304,8 @@ def _ended(run: Run, plan: WorkPlan) -> int:
         log.info(
             "  %d steps changed no weight (%d of them by the loss scale)", run.progress.skipped, run.progress.overflows
         )
+    if plan.json:
+        print(json.dumps(finite(summary), indent=2), flush=True)
     if stopped is None:
         log.info("  %s", _short(run.folder.path / "summary.json", plan))
         return DONE
@@ -373,7 +377,7 @@ def _command(plan: WorkPlan, run_dir: str | None) -> str:
     words = [f"+{word}" if word.startswith("recipe=") else word for word in plan.command]
     if run_dir is not None and not any(word.lstrip("+").startswith("run_dir=") for word in words):
         words = [*words, f"run_dir={run_dir}"]
-    return shlex.join(["python", "-m", "runner", *redact_command(words)])
+    return shlex.join(["python", "-m", "runner", *redact_command(words, secrets_of(plan.config, plan.written))])
 
 
 def _short(path: Path, plan: WorkPlan) -> str:

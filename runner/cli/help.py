@@ -25,7 +25,7 @@ _FLAGS = (
     ("--info [defaults|config|searchpath], -i", "shows where the configuration comes from"),
     ("--multirun, -m", "a sweep; key=a,b gives several values"),
     ("--config-dir FOLDER, -cd", "a further folder like conf/; may be repeated"),
-    ("--json", "JSON: recipes, --cfg job, and a sweep's comparison"),
+    ("--json", "JSON on stdout: recipes, --cfg job, the summary of a run or sweep"),
     ("--version", "the version"),
     ("--help, -h", "this text"),
 )

@@ -20,8 +20,11 @@ def train(invocation: Invocation, environment: Environment, started: float) -> i
     composition = compose(invocation.overrides, directory=directory, config_dirs=invocation.config_dirs)
     raise_problems([*invocation.problems, *composition.check(), *environment.check()], composition)
     for note in composition.notes:
-        print(note, flush=True)
-    return work(plan_of(composition, command_of(invocation), directory, environment, started))
+        print(note, file=sys.stderr if invocation.json else sys.stdout, flush=True)
+    plan = plan_of(composition, command_of(invocation), directory, environment, started)
+    if invocation.json:
+        plan.json, plan.terminal = True, "dumb"
+    return work(plan)
 
 
 def raise_problems(problems: Sequence[Problem], composition: Composition) -> None:
@@ -57,7 +60,7 @@ def work(plan: WorkPlan) -> int:
     from runner import console
     from runner.job import work as do
 
-    console.speak()
+    console.speak(aside=plan.json)
     try:
         return do(plan)
     except InputError as error:

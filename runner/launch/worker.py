@@ -7,7 +7,7 @@ the entry point is handed in, so that this room knows nothing of what is run.
 from __future__ import annotations
 
 import importlib
-import json
+import json as json_module  # a plan has a field of that name
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -33,13 +33,14 @@ class WorkPlan:
     run_dir: str | None = None
     terminal: str | None = None
     full_error: bool = False
+    json: bool = False
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        path.write_text(json_module.dumps(asdict(self)), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> WorkPlan:
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+        return cls(**json_module.loads(path.read_text(encoding="utf-8")))
 
 
 Work = Callable[[WorkPlan], int]

@@ -284,3 +284,10 @@ def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path: Path) -> None:
 def _process(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "runner", *words]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_json_leaves_stdout_to_the_summary(cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli("--json", "+recipe=smoke", "run_dir=r", "train.steps=4") == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out) == summary(tmp_path / "r")
+    assert "evaluation at step 4" in told.err
