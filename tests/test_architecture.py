@@ -26,7 +26,18 @@ FLOORS = {
 
 #: What may be called while a module is imported: it makes a value and does nothing.
 HARMLESS = {
-    *["frozenset", "tuple", "type", "vars", "dataclass", "field", "TypeVar", "re.compile", "logging.getLogger"],
+    *[
+        "frozenset",
+        "tuple",
+        "type",
+        "vars",
+        "getattr",
+        "dataclass",
+        "field",
+        "TypeVar",
+        "re.compile",
+        "logging.getLogger",
+    ],
     *["Path", "resolve", "is_dir", "startswith"],  # places: where the package lies; schema and hook: names of a class
     *["key", "group", "Mark", "Precision", "LossScaling"],  # values of our own
 }

@@ -39,8 +39,8 @@ class Scaler:
         """The loss scale, 1 where none is used."""
         return 1.0 if self._scaler is None else self._scaler.get_scale()
 
-    def scale(self, loss: Tensor) -> Tensor:
-        return loss if self._scaler is None else self._scaler.scale(loss)
+    def scale(self, factor: Tensor) -> Tensor:
+        return factor if self._scaler is None else self._scaler.scale(factor)
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         if self._scaler is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from runner.engine.backend import Backend, BuildModel, BuildOptimizer, Update
-from runner.engine.gradients import Finite, clip, global_norm
+from runner.engine.gradients import Finite, backward, clip, global_norm
 from runner.engine.model_state import ModelState, OptimizerState
 from runner.engine.optimizer import plain_step, without_compiler
 from runner.engine.scaler import Scaler
@@ -30,7 +30,7 @@ class Single(Backend):
         fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
         # Elsewhere than on a CPU, looking at a number waits for all work that was queued before it.
         self._device_decides = fused and self.device.type != "cpu" and not self.scaler.active
-        self._finite = Finite()
+        self._finite = Finite(self._parameters)
         self._nothing = nullcontext()
         self._unscaled = False
 
@@ -43,10 +43,8 @@ class Single(Backend):
         return self._nothing
 
     def backward(self, loss: Tensor, factor: Tensor) -> Tensor:
-        # Not loss.backward(factor): torch then imports its symbolic shapes, half a second before the first step.
-        share = loss * factor
-        self.scaler.scale(share).backward()
-        return share.detach()
+        backward(loss, self.scaler.scale(factor))
+        return loss.detach() * factor
 
     def unscale(self) -> None:
         if not self._unscaled:
