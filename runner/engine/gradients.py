@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 #: What Tensor.backward calls in the end; None where a version of torch has it no longer.
 _run_backward = getattr(torch.autograd.graph, "_engine_run_backward", None)
 
