@@ -139,7 +139,7 @@ def _run_all(
         path = job.folder.with_name(f".{job.folder.name}.plan.json")
         plan.save(path)
         try:
-            # A session of its own: the terminal's Ctrl-C reaches the job once, by us.
+            # A process group of its own: the terminal's Ctrl-C reaches the job once, by us.
             process = subprocess.Popen(
                 [sys.executable, "-m", "runner.launch.worker", "runner.cli.train:work", str(path)], process_group=0
             )
