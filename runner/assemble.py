@@ -325,10 +325,9 @@ def assemble(
         "random": RandomState(),
     }
     checkpointer = _checkpointer(config, folder, state)
-    resumed = None
     if resume is not None:
         loader = checkpointer or Checkpointer(folder.path / "checkpoints", state, optional=OPTIONAL)
-        resumed = loader.load(resume, convert=True)
+        loader.load(resume, convert=True)
     return Run(
         name=config["name"],
         config=config,
@@ -348,7 +347,6 @@ def assemble(
         save_every=_save_every(config, plan),
         counts_tokens=getattr(type(parts.task), "tokens", Task.tokens) is not Task.tokens,
         terminal=terminal,
-        resumed=resumed,
     )
 
 

@@ -54,7 +54,7 @@ def work(plan: WorkPlan) -> int:
     with _signals() as signals:
         try:
             parts = check(plan.config)
-            folder, resume, fresh = _folder(plan)
+            folder, resume, fresh = _folder(plan, parts)
             folder.lock()
             try:
                 if _finished(folder, parts.plan):
@@ -95,9 +95,10 @@ def _in_folder(
         built = assemble(plan.config, parts, folder, resume=resume, terminal=plan.terminal)
         check_metrics(built)
         built.config = redact(plan.config, plan.written)
-        built.setting = _setting(plan, built)
+        built.setting = _setting(plan, parts)
         run = built
-        _write_inputs(plan, folder)
+        if not fresh:
+            _write_inputs(plan, folder)
         if plan.run_dir is None:
             folder.link_latest()
         _introduce(run, plan)
@@ -140,12 +141,12 @@ def _finished(folder: RunFolder, length: Plan) -> bool:
     return True
 
 
-def _folder(plan: WorkPlan) -> tuple[RunFolder, Path | None, bool]:
+def _folder(plan: WorkPlan, parts: Parts) -> tuple[RunFolder, Path | None, bool]:
     """The run's folder, the checkpoint to go on from, and whether the folder was empty."""
     resume = plan.config["resume"]
     named = None if resume in ("auto", "never") else find(Path(plan.directory, resume))
     if named is not None:
-        _compare(plan, named)
+        _compare(plan, parts, named)
     if plan.run_dir is None:
         return RunFolder.new(Path(plan.directory, "runs"), plan.config["name"]), named, True
     path = Path(plan.directory, plan.run_dir)
@@ -170,7 +171,7 @@ def _folder(plan: WorkPlan) -> tuple[RunFolder, Path | None, bool]:
         return folder, named, False
     last = latest(path / "checkpoints")
     if last is not None:
-        _compare(plan, last)
+        _compare(plan, parts, last)
     return folder, last, False
 
 
@@ -178,7 +179,7 @@ _BOUND = ("model", "task", "optimizer", "scheduler", "data", "seed", "batch.glob
 _FREE_DATA = ("num_workers",)
 
 
-def _compare(plan: WorkPlan, checkpoint: Path) -> None:
+def _compare(plan: WorkPlan, parts: Parts, checkpoint: Path) -> None:
     """Raises InputError for configuration that would make the training another one, unless it is in resume_allow.
 
     Other settings that can change a result are warned of.
@@ -200,18 +201,19 @@ def _compare(plan: WorkPlan, checkpoint: Path) -> None:
     ]
     if problems:
         raise InputError(*problems)
-    for name, old in saved.get("setting", {}).items():
-        new = {"precision": plan.config["precision"]["name"], "torch": torch.__version__}.get(name, old)
+    for name, new in _setting(plan, parts).items():
+        old = saved.get("setting", {}).get(name, new)
         if new != old:
             log.warning("%s was %s and is %s: results may differ in the last digits", name, old, new)
 
 
-def _setting(plan: WorkPlan, run: Run) -> dict[str, Any]:
-    """What the training runs on; differences are warned of when it goes on."""
-    device, before = str(run.engine.device), (run.resumed or {}).get("setting", {}).get("device")
-    if before not in (None, device):
-        log.warning("device was %s and is %s: results may differ in the last digits", before, device)
-    return {"precision": plan.config["precision"]["name"], "device": device, "torch": torch.__version__}
+def _setting(plan: WorkPlan, parts: Parts) -> dict[str, Any]:
+    """What the training runs on: may differ when it goes on, and is then warned of."""
+    return {
+        "precision": plan.config["precision"]["name"],
+        "device": str(parts.backend.device),
+        "torch": torch.__version__,
+    }
 
 
 def _at(config: Any, key: str) -> Any:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import importlib
 import json as json_module  # a plan has a field of that name
-import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,11 +54,6 @@ def entry(name: str) -> Work:
 def main(arguments: list[str]) -> int:
     work, plan = arguments
     return entry(work)(WorkPlan.load(Path(plan)))
-
-
-def environment_of_worker(**changes: str) -> Mapping[str, str]:
-    """The environment for a started process."""
-    return {**os.environ, **changes}
 
 
 if __name__ == "__main__":

@@ -150,18 +150,6 @@ class Config:
     run_dir: str | None = key(None, "where the run writes; default runs/DATE-TIME-NAME-xxxx")
 
 
-#: Groups whose keys are free because a `_target_` decides them; `data` has both (its own keys and a target's).
-FREE = ("model", "task", "optimizer", "scheduler")
-
-#: Words in a spec that belong to the builder and not to the target.
-BUILDER_WORDS = frozenset({"_target_", "_partial_", "_args_", "_recursive_", "_convert_"})
-
-
-def is_spec(value: Any) -> bool:
-    """Whether a plain value says what to build."""
-    return isinstance(value, Mapping) and "_target_" in value
-
-
 @dataclass(frozen=True)
 class Key:
     """One key of the schema: what it may be, its default, its help and its limits."""

@@ -11,8 +11,9 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from runner.build import WORDS
 from runner.errors import Mark, Problem
-from runner.recipe.schema import BUILDER_WORDS, Config, Data, Key, Specs, keys_of
+from runner.recipe.schema import Config, Data, Key, Specs, keys_of
 from runner.recipe.tree import EXCLUSIVE, Keys, dotted
 
 _LARGEST = 2**63 - 1
@@ -285,9 +286,9 @@ class _Checker:
         for word, value in spec.items():
             if not (isinstance(word, str) and len(word) > 2 and word[0] == word[-1] == "_" and word[1] != "_"):
                 continue
-            if word not in BUILDER_WORDS:
-                close = difflib.get_close_matches(word, BUILDER_WORDS, n=1)
-                known = ", ".join(sorted(BUILDER_WORDS))
+            if word not in WORDS:
+                close = difflib.get_close_matches(word, WORDS, n=1)
+                known = ", ".join(sorted(WORDS))
                 fix = f"did you mean {close[0]}?" if close else f"there are {known}"
                 self.add((*keys, word), "no word of the builder", fix, value)
             elif word in ("_partial_", "_recursive_") and not isinstance(value, bool):

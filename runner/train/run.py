@@ -88,8 +88,6 @@ class Run:
     paused_seconds: float = 0.0
     #: What the training runs on, as checkpoints tell it: precision, device, versions.
     setting: dict[str, Any] = field(default_factory=dict)
-    #: What the checkpoint that this run goes on from tells beside the state, or None.
-    resumed: Mapping[str, Any] | None = None
     #: What kind of terminal there is (TERM).
     terminal: str | None = None
 

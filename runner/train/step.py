@@ -38,10 +38,10 @@ def forward_backward(run: Run, batches: list[Any]) -> Tensor:
 def update(run: Run, loss: Tensor) -> None:
     """Steps the optimizer; `settle` says what became of it. Sets the run's loss, grad_norm and lr of this step."""
     settle(run)
-    settings, backend = run.settings, run.engine.backend
-    run.lr = backend.optimizer.param_groups[0]["lr"]
+    settings, engine = run.settings, run.engine
+    run.lr = engine.optimizer.param_groups[0]["lr"]
     measure = run.logging and run.measures_norm
-    result = backend.step(settings.grad_clip, guard=settings.nan != "ignore", loss=loss, measure=measure)
+    result = engine.step(settings.grad_clip, guard=settings.nan != "ignore", loss=loss, measure=measure)
     run.loss, run.grad_norm = loss, result.grad_norm
     run.unsettled, run.unsettled_step = result, run.progress.step + 1
     if run.logging or not isinstance(result.skipped, Tensor):

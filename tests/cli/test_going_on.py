@@ -13,16 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.__main__ import main
-
 Cli = Callable[..., int]
-
-
-@pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    return lambda *words: main(list(words))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

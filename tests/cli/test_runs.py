@@ -14,17 +14,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from runner.__main__ import main
-
 Cli = Callable[..., int]
-
-
-@pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """The program in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    return lambda *words: main(list(words))
 
 
 def records(folder: Path, split: str | None = None) -> list[dict[str, Any]]:

@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import yaml
 
-from runner.__main__ import main
-
 Cli = Callable[..., int]
 
 MINE = """\
@@ -41,13 +39,9 @@ class Slow(Hook):
 """
 
 
-@pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """The program in this process, in a folder with a module of the user's own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+@pytest.fixture(autouse=True)
+def _module_of_the_users_own(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MINE)
-    return lambda *words: main(list(words))
 
 
 def sweep_json(folder: Path) -> dict[str, Any]:
