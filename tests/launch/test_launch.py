@@ -12,7 +12,7 @@ import pytest
 
 from runner.errors import InputError
 from runner.launch.environment import Environment
-from runner.launch.worker import WorkPlan, entry, environment_of_worker
+from runner.launch.worker import WorkPlan, entry
 
 
 @pytest.fixture(autouse=True)
@@ -94,9 +94,3 @@ def test_a_worker_starts_without_torch_and_hydra(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
     assert json.loads(done.stdout) == []
-
-
-def test_the_environment_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SOMETHING", "here")
-    found = environment_of_worker(RANK="1")
-    assert (found["SOMETHING"], found["RANK"]) == ("here", "1")
