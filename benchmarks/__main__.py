@@ -1,13 +1,13 @@
-"""`python -m benchmarks NAME [options]`: overhead, first_step, repeat, seeds."""
+"""`python -m benchmarks NAME [options]`: overhead, first_step, parity, repeat, seeds."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from benchmarks import first_step, overhead, repeat, seeds
+from benchmarks import first_step, overhead, parity, repeat, seeds
 
-_ALL = {"overhead": overhead, "first_step": first_step, "repeat": repeat, "seeds": seeds}
+_ALL = {"overhead": overhead, "first_step": first_step, "parity": parity, "repeat": repeat, "seeds": seeds}
 
 
 def main() -> int:

@@ -8,38 +8,22 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from runner import __version__
 from runner.errors import InputError, RunnerError
 from runner.launch.environment import Environment
+from runner.launch.worker import leave_on_signals
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit code: 0 done, 1 failed, 2 wrong input, 75 or 130 interrupted."""
     started = time.time()
-    early = _leave_on_signals()
+    early = leave_on_signals()
     try:
         return _run(arguments, started)
     finally:
         for number, handler in early.items():
             signal.signal(number, handler)
-
-
-def _leave_on_signals() -> dict[signal.Signals, Any]:
-    """Until a training can end in order, a signal ends the program at once, with the exit code it would have then.
-
-    Not by an exception: imports swallow those now and then. Returns the handlers that were there.
-    """
-
-    def leave(number: int, frame: Any) -> None:
-        os.write(2, b"\ninterrupted before the first step: nothing to save\n")
-        os._exit(130 if number == signal.SIGINT else 75)
-
-    try:
-        return {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    except ValueError:
-        return {}
 
 
 def _run(arguments: Sequence[str] | None, started: float) -> int:

@@ -13,14 +13,17 @@ import torch
 
 from runner import build
 from runner.checkpoint import Checkpointer, RandomState
-from runner.data.loader import Loader
-from runner.data.order import Order
+from runner.data.main import Remote
+from runner.data.reading import AnyLoader, AnyOrder, Reading, training_order
+from runner.data.reading import problems as data_problems
+from runner.data.stream import StreamOrder
+from runner.distributed import ALONE, Ranks
 from runner.engine.backend import Backend
+from runner.engine.backends import backend_class
 from runner.engine.engine import Engine
 from runner.engine.mesh import Mesh
 from runner.engine.optimizer import fused_by_default, parameter_groups, without_compiler
 from runner.engine.precision import LossScaling, Precision
-from runner.engine.single import Single
 from runner.errors import InputError, Problem, wrong
 from runner.folder import RunFolder
 from runner.hooks.early_stop import EarlyStop
@@ -29,13 +32,11 @@ from runner.trackers import Trackers
 from runner.train import hook
 from runner.train.evaluate import evaluate
 from runner.train.progress import Plan, Progress
-from runner.train.run import Run, SaveEvery, Settings
+from runner.train.run import Built, Run, SaveEvery, Settings
 from runner.train.schedules import Schedule
 from runner.train.task import Task
 
 Config = Mapping[str, Any]
-
-_BACKENDS: dict[str, type[Backend]] = {"single": Single, "auto": Single}
 
 #: Words for the scheduler's arguments that are known only when the data are.
 _LATE = {"_total_steps_": "steps", "_steps_per_epoch_": "steps_per_epoch"}
@@ -63,33 +64,56 @@ class Parts:
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
-def check(config: Config) -> Parts:
+def needs_group(config: Config, ranks: Ranks) -> bool:
+    """Whether the processes must know of each other, even if there is only one."""
+    return ranks.world_size > 1 or backend_class(config["backend"]["name"], 1).grouped
+
+
+def check(
+    config: Config,
+    ranks: Ranks = ALONE,
+    remote: tuple[Remote, Remote | None] | None = None,
+) -> Parts:
     """Builds all that needs no model (backend, task, data, hooks, trackers) and checks what can be checked before one.
 
-    Raises InputError with all problems found.
+    `remote` stands for (training, held-out) data that only the first process reads. Raises InputError with all
+    problems found.
     """
     problems: list[Problem] = []
-    backend = _gathered(problems, _backend, config)
+    backend = _gathered(problems, _backend, config, ranks)
     problems += _signatures(config)
     problems += backend.check() if backend is not None else []
+    if config["compile"] and backend is not None:
+        from runner.engine import compiling
+
+        problems += compiling.check(config["compile"], backend.device, config["activation_checkpointing"])
     if problems or backend is None:
         raise InputError(*problems)
     task = _gathered(problems, _constructed, config["task"], "task")
     hooks = _hooks(config, problems)
-    train, evaluation, collate = _gathered(problems, _data, config["data"]) or (None, None, None)
-    sets = {name: found for name, found in (("data.train", train), ("data.eval", evaluation)) if found is not None}
+    train: Any = None
+    evaluation: Any = None
+    collate: Any = None
+    if remote is not None:
+        train, evaluation = remote
+    else:
+        train, evaluation, collate = _gathered(problems, _data, config["data"]) or (None, None, None)
+    sets = {"data.train": train, "data.eval": evaluation} if remote is None else {}
     for name, found in sets.items():
-        problems += _data_problems(config, name, found) or (task.check(found, name) if isinstance(task, Task) else [])
+        if found is not None:
+            wrong_data = _data_problems(config, name, found)
+            problems += wrong_data or (task.check(found, name) if isinstance(task, Task) else [])
     if task is not None and not isinstance(task, Task):
         problems += _not_a_task(task, config)
     plan = Plan(1, 1)
-    if train is not None and hasattr(train, "__len__") and len(train) and not _leaves_nothing(config, train):
-        plan = _plan(config, _order(config, len(train)))
+    if train is not None and not problems:
+        plan = _plan(config, _order(config, train))
     problems += _unreported(config) if evaluation is None else []
     problems += _optimizer_problems(config, plan)
     if problems:
         raise InputError(*problems)
-    return Parts(backend, task, train, evaluation, collate, plan, hooks, _trackers(config))
+    trackers = _trackers(config) if ranks.main else Trackers({})
+    return Parts(backend, task, train, evaluation, collate, plan, hooks, trackers)
 
 
 def _gathered(problems: list[Problem], call: Callable[..., Any], *arguments: Any) -> Any:
@@ -197,7 +221,7 @@ def _optimizer_problems(config: Config, plan: Plan) -> list[Problem]:
     return problems
 
 
-def _device(config: Config) -> torch.device:
+def _device(config: Config, ranks: Ranks) -> torch.device:
     name = config["device"]
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
@@ -205,7 +229,10 @@ def _device(config: Config) -> torch.device:
     if not there[name]:
         works = ", ".join(["auto", *(word for word, yes in there.items() if yes)])
         raise wrong("device", "there is no such device here", f"use one of {works}", value=name)
-    return torch.device(name, 0) if name == "cuda" else torch.device(name)
+    if name != "cuda":
+        return torch.device(name)
+    # Under srun a process may see a GPU of its own only; too many processes were refused before any started.
+    return torch.device(name, ranks.local_rank % torch.cuda.device_count())
 
 
 def _precision(config: Config) -> Precision:
@@ -215,11 +242,22 @@ def _precision(config: Config) -> Precision:
     return Precision(**values, **dtypes, loss_scaling=None if scaling is None else LossScaling(**scaling))
 
 
-def _backend(config: Config) -> Backend:
-    return _BACKENDS[config["backend"]["name"]](_device(config), _precision(config), Mesh())
+def _backend(config: Config, ranks: Ranks) -> Backend:
+    options = {key: value for key, value in config["backend"].items() if key != "name"}
+    mesh = Mesh(ranks.rank, ranks.world_size, options.pop("replicas", 1))
+    kind = backend_class(config["backend"]["name"], ranks.world_size)
+    if build.accepts(kind, "recipe"):
+        options["recipe"] = {
+            **config["batch"],
+            "optimizer": config["optimizer"],
+            "activation_checkpointing": config["activation_checkpointing"],
+            "accumulation": config["accumulation"]["steps"],
+            "grad_clip": config["grad_clip"],
+        }
+    return kind(_device(config, ranks), _precision(config), mesh, **options)
 
 
-_DATA_KEYS = ("collate", "num_workers", "drop_last", "group_by_length")
+_DATA_KEYS = ("collate", "num_workers", "reader", "drop_last", "group_by_length")
 
 
 def _for_target(data: Config) -> dict[str, Any]:
@@ -272,29 +310,16 @@ def _built(spec: Any, key: str) -> Any:
         raise wrong(key, why, "mend what it names; HYDRA_FULL_ERROR=1 shows where it was raised") from error
 
 
-def _leaves_nothing(config: Config, train: Any) -> bool:
-    return config["data"]["drop_last"] and len(train) < config["batch"]["global_size"]
-
-
 def _data_problems(config: Config, key: str, dataset: Any) -> list[Problem]:
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        return [
-            Problem(key, f"built a {type(dataset).__name__}, which has no length and index", "use a map-style data set")
-        ]
-    size = config["batch"]["global_size"]
-    if len(dataset) == 0:
-        return [Problem(key, "is empty: it has no sample", "check the file or the filter that made it")]
-    if key == "data.train" and _leaves_nothing(config, dataset):
-        why = f"leaves nothing: {len(dataset)} samples are fewer than batch.global_size={size}"
-        return [
-            Problem(
-                "data.drop_last", why, f"set it to false, or batch.global_size to at most {len(dataset)}", value=True
-            )
-        ]
-    if config["data"]["group_by_length"] and not hasattr(dataset, "lengths"):
-        why = f"needs a data set that tells the lengths of its samples, and {type(dataset).__name__} has no `lengths`"
-        return [Problem("data.group_by_length", why, "set it to false, or give the data set a `lengths`", value=True)]
-    return []
+    every = (config["checkpoint"] or {}).get("every") or {}
+    return data_problems(
+        key,
+        dataset,
+        global_size=config["batch"]["global_size"],
+        drop_last=config["data"]["drop_last"],
+        group_by_length=config["data"]["group_by_length"],
+        epochs=not config["train"]["steps"] or bool(every.get("epochs")),
+    )
 
 
 # --- the run --------------------------------------------------------------------------------------------------------
@@ -310,17 +335,19 @@ def assemble(
     _global_switches(config, parts.backend)
     engine = Engine(parts.backend)
     torch.manual_seed(config["seed"])
-    engine.prepare(_model_factory(config), _optimizer_factory(config, engine.device))
-    train_data, eval_data = _loaders(config, parts, engine)
+    model = _ModelFactory(config)
+    engine.prepare(model, _optimizer_factory(config, engine.device))
+    progress = Progress()
+    train_data, eval_data = _loaders(config, parts, engine, progress)
     plan = parts.plan
     schedule = _schedule(config, engine.optimizer, plan)
-    progress = Progress()
     hooks = parts.hooks
     stateful = {name: item for name, item in hooks.items() if hasattr(item, "state_dict")}
     state = {
         **engine.state(),
         "scheduler": schedule,
         "progress": progress,
+        **({"data": train_data} if isinstance(train_data.order, StreamOrder) else {}),
         **{f"hooks.{name}": item for name, item in stateful.items()},
         "random": RandomState(),
     }
@@ -333,6 +360,7 @@ def assemble(
         config=config,
         folder=folder,
         engine=engine,
+        model=model.built,
         task=parts.task,
         schedule=schedule,
         train_data=train_data,
@@ -345,6 +373,7 @@ def assemble(
         trackers=parts.trackers,
         checkpointer=checkpointer,
         save_every=_save_every(config, plan),
+        fits=config["batch"]["micro_size"] == "auto",
         counts_tokens=getattr(type(parts.task), "tokens", Task.tokens) is not Task.tokens,
         terminal=terminal,
     )
@@ -363,19 +392,43 @@ def _global_switches(config: Config, backend: Backend) -> None:
         torch.backends.cudnn.allow_tf32 = backend.precision.tf32
 
 
-def _model_factory(config: Config) -> Callable[[], torch.nn.Module]:
-    def build_model() -> torch.nn.Module:
-        model = build.build(config["model"])
+class _ModelFactory:
+    """Builds the model of the configuration, and knows afterwards what was built, however a backend wraps it."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self.built = Built()
+
+    def __call__(self) -> torch.nn.Module:
+        model = build.build(self._config["model"])
         if not isinstance(model, torch.nn.Module):
-            target = config["model"]["_target_"]
+            target = self._config["model"]["_target_"]
             raise wrong(
                 "model", f"built a {type(model).__name__}", "name something that gives a torch.nn.Module", value=target
             )
-        if not any(parameter.requires_grad for parameter in model.parameters()):
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+        trained = sum(size for size, is_trained in sizes if is_trained)
+        if not any(is_trained for _, is_trained in sizes):
             raise wrong("model", "has no parameter that can be trained", "unfreeze some")
-        return model
+        self.built = Built(type(model).__name__, sum(size for size, _ in sizes), trained)
+        return self._transformed(model)
 
-    return build_model
+    def _transformed(self, model: torch.nn.Module) -> torch.nn.Module:
+        """In this order: float8 replaces modules; the compiler must see the checkpointing; the backend wraps all."""
+        config = self._config
+        if config["precision"]["float8"]:
+            from runner.engine import fp8
+
+            fp8.convert(model, config["precision"]["emulate"])
+        if config["activation_checkpointing"] != "none":
+            from runner.engine.checkpointing import checkpoint_activations
+
+            checkpoint_activations(model, config["activation_checkpointing"])
+        if config["compile"]:
+            from runner.engine.compiling import compile_model
+
+            compile_model(model, config["compile"])
+        return model
 
 
 def _optimizer_factory(config: Config, device: torch.device) -> Callable[[torch.nn.Module], torch.optim.Optimizer]:
@@ -385,39 +438,42 @@ def _optimizer_factory(config: Config, device: torch.device) -> Callable[[torch.
     return lambda model: _constructed(spec, "optimizer", parameter_groups(model, no_decay))
 
 
-def _loaders(config: Config, parts: Parts, engine: Engine) -> tuple[Loader, Loader | None]:
-    data, micro, mesh = config["data"], config["batch"]["micro_size"], engine.mesh
-
-    def lengths(dataset: Any) -> Any:
-        return dataset.lengths if data["group_by_length"] else None
-
-    def loader(dataset: Any, order: Order, size: int) -> Loader:
-        return Loader(
-            dataset,
-            order,
-            size,
-            collate=parts.collate,
-            num_workers=data["num_workers"],
-            device=engine.device,
-            reader=mesh.data_rank,
-            readers=mesh.data_size,
-        )
-
-    train = loader(parts.train, _order(config, len(parts.train), lengths(parts.train)), micro)
+def _loaders(config: Config, parts: Parts, engine: Engine, progress: Progress) -> tuple[AnyLoader, AnyLoader | None]:
+    data, batch, mesh = config["data"], config["batch"], engine.mesh
+    # A size that is to be found begins with all that a process gets.
+    searched = batch["micro_size"] == "auto"
+    micro = batch["global_size"] // mesh.data_size if searched else batch["micro_size"]
+    reading = Reading(
+        parts.collate,
+        data["num_workers"],
+        engine.device,
+        mesh.data_rank,
+        mesh.data_size,
+        data["reader"] == "main",
+        data["group_by_length"],
+    )
+    train = reading.training(
+        parts.train,
+        batch["global_size"],
+        micro,
+        config["seed"],
+        drop_last=data["drop_last"],
+        trained=lambda: progress.step,
+    )
     if parts.eval is None:
         return train, None
-    size = config["eval"]["micro_size"] or micro
-    order = Order(len(parts.eval), size * mesh.data_size, lengths=lengths(parts.eval), shuffle=False)
-    return train, loader(parts.eval, order, size)
+    return train, reading.evaluation(
+        parts.eval, config["eval"]["micro_size"] or (min(32, micro) if searched else micro)
+    )
 
 
-def _order(config: Config, samples: int, lengths: Any = None) -> Order:
-    """The order of the training samples."""
+def _order(config: Config, train: Any) -> AnyOrder:
+    """The order of the training samples, as far as it is known without reading them."""
     drop_last = config["data"]["drop_last"]
-    return Order(samples, config["batch"]["global_size"], config["seed"], drop_last=drop_last, lengths=lengths)
+    return training_order(train, config["batch"]["global_size"], config["seed"], drop_last=drop_last)
 
 
-def _plan(config: Config, order: Order) -> Plan:
+def _plan(config: Config, order: AnyOrder) -> Plan:
     steps = config["train"]["steps"] or config["train"]["epochs"] * order.steps_per_epoch
     return Plan(steps, order.steps_per_epoch)
 

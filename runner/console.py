@@ -7,6 +7,8 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -108,6 +110,19 @@ def keep(*files: Path) -> list[logging.Handler]:
         log.addHandler(handler)
         handlers.append(handler)
     return handlers
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Keeps messages from the terminal; the files have them."""
+    terminals = [handler for handler in log.handlers if isinstance(handler, _Terminal)]
+    for handler in terminals:
+        log.removeHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in terminals:
+            log.addHandler(handler)
 
 
 def close(handlers: list[logging.Handler]) -> None:

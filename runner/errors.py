@@ -66,3 +66,9 @@ class TrainingStopped(RunnerError):
 def wrong(key: str | None, why: str, fix: str = "", **value: Any) -> InputError:
     """An InputError of one problem: `raise wrong("data.train", "no such file", "give a path", value=path)`."""
     return InputError(Problem(key, why, fix, **value))
+
+
+class Elsewhere(RunnerError):
+    """The input is wrong, and another process tells the user what."""
+
+    exit_code = 2

@@ -138,6 +138,22 @@ class RunFolder:
             temporary.unlink(missing_ok=True)
 
 
+class Bystander(RunFolder):
+    """A run's folder for the processes that leave its files to the first one."""
+
+    def lock(self) -> None: ...
+
+    def unlock(self) -> None: ...
+
+    def discard(self) -> None: ...
+
+    def write_text(self, name: str, text: str) -> None: ...
+
+    def heartbeat(self, *, always: bool = False, **more: Any) -> None: ...
+
+    def link_latest(self) -> None: ...
+
+
 _WRITABLE = "give a path that you may write to"
 
 

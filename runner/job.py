@@ -1,4 +1,4 @@
-"""One job: from a finished plan to an exit code, with the run's folder, its signals and its end in order."""
+"""One job: from a finished plan to an exit code, with the processes' group, the run's folder and its end in order."""
 
 from __future__ import annotations
 
@@ -7,101 +7,153 @@ import logging
 import os
 import resource
 import shlex
-import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from signal import Signals as Signal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 
-from runner import console
-from runner.assemble import Parts, assemble, check, check_metrics
-from runner.checkpoint import extra_of, find, latest
-from runner.distributed import leave
+from runner import console, distributed
+from runner.assemble import Parts, assemble, check, check_metrics, needs_group
+from runner.checkpoint import find, latest
+from runner.data.main import Remote
+from runner.debugging import CollectiveWatch, explain, standing
+from runner.distributed import ALONE, Ranks
+from runner.drift import compare, setting
 from runner.environment import describe_later
-from runner.errors import InputError, Problem, RunnerError, wrong
-from runner.folder import RunFolder, finite
+from runner.errors import Elsewhere, InputError, RunnerError, wrong
+from runner.folder import Bystander, RunFolder, finite
+from runner.launch.failure import is_secondary, record, redirect
 from runner.launch.worker import WorkPlan
 from runner.places import make_importable
 from runner.recipe.redact import redact, redact_command, secrets_of
+from runner.signals import Interrupted, Signals, exit_code, handled
 from runner.train.loop import train
 from runner.train.progress import Plan
 from runner.train.run import Run
 
-DONE, FAILED, PREEMPTED, INTERRUPTED = 0, 1, 75, 130
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+DONE, FAILED = 0, 1
 
 log = logging.getLogger("runner")
 
 
-class Interrupted(BaseException):
-    """A signal came before there was a training that could end in order."""
+@dataclass
+class Place:
+    """Where a job runs: its folder, the checkpoint to go on from, whether it was empty, whether nothing is left."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.exit_code = _exit_code(number)
+    folder: RunFolder
+    resume: Path | None
+    fresh: bool
+    finished: bool = False
 
 
-def work(plan: WorkPlan) -> int:
-    """Does the job. Returns its exit code; raises InputError where the user's input is wrong."""
+def work(plan: WorkPlan, ranks: Ranks = ALONE, store: Store | None = None) -> int:
+    """Does this process's part of the job. Returns its exit code; raises InputError where the user's input is wrong."""
     make_importable(Path(plan.directory))
-    environment = describe_later(Path(plan.directory))
-    with _signals() as signals:
+    environment = describe_later(Path(plan.directory)) if ranks.main else None
+    together = False
+    with handled() as signals, ExitStack() as watch:
+        signals.speaks = ranks.main
         try:
-            parts = check(plan.config)
-            folder, resume, fresh = _folder(plan, parts)
-            folder.lock()
+            if needs_group(plan.config, ranks):
+                device = "cuda" if torch.cuda.is_available() else "cpu"
+                group = store if store is not None else distributed.store(ranks)
+                distributed.join(ranks, group, device, plan.config["launch"]["timeout"])
+            if ranks.world_size > 1 and plan.report is None and plan.config["launch"]["threads"] is None:
+                # Our own parent has shared the cores out; other launchers give each process one, or all of them.
+                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
+            parts, place = _agreed(plan, ranks)
+            if plan.config["debug"]:
+                watch.enter_context(CollectiveWatch(min(60.0, plan.config["launch"]["timeout"])))
+            place.folder.lock()
             try:
-                if _finished(folder, parts.plan):
-                    return DONE
-                return _in_folder(plan, parts, folder, resume, fresh, signals, environment)
+                if not place.finished:
+                    code = _in_folder(plan, parts, place, ranks, signals, environment)
+                    together = code != FAILED
+                    return code
+                together = True
+                return DONE
             finally:
-                folder.unlock()
+                place.folder.unlock()
         except Interrupted as stop:
             log.info("%s before the first step: nothing to save", stop)
             return stop.exit_code
         except SystemExit as error:
             log.error("something that the configuration names ended the program: SystemExit(%s)", error.code)
+            record(plan, ranks, RunnerError(f"SystemExit({error.code})"), FAILED)
             return FAILED
         finally:
-            leave()
+            watch.close()
+            distributed.leave(together=together)
 
 
-def _in_folder(
-    plan: WorkPlan,
-    parts: Parts,
-    folder: RunFolder,
-    resume: Path | None,
-    fresh: bool,
-    signals: _Signals,
-    environment: Any,
-) -> int:
+def _agreed(plan: WorkPlan, ranks: Ranks) -> tuple[Parts, Place]:
+    """Checks, and finds the place. The first process does both before the others, so that downloads happen once.
+
+    Raises InputError, and Elsewhere in the processes that only hear of one.
+    """
+    parts, place, refused = None, None, None
+    if ranks.main:
+        try:
+            parts = check(plan.config, ranks)
+            place = _place(plan, parts)
+        except BaseException as error:
+            refused = error
+    remote = None
+    if parts is not None and plan.config["data"]["reader"] == "main":
+        remote = (Remote.of(parts.train), None if parts.eval is None else Remote.of(parts.eval))
+    told = None if place is None else ((place.folder.path, place.resume, place.fresh, place.finished), remote)
+    told = distributed.broadcast(told)
+    if refused is not None:
+        raise refused
+    if told is None:
+        raise Elsewhere("the first process found something wrong")
+    if ranks.main:
+        assert parts is not None
+        assert place is not None
+        return parts, place
+    (path, *rest), remote = told
+    return check(plan.config, ranks, remote), Place(Bystander(path), *rest)
+
+
+def _in_folder(plan: WorkPlan, parts: Parts, place: Place, ranks: Ranks, signals: Signals, environment: Any) -> int:
     """The job once its folder is there.
 
     Until everything is built and found right, nothing that an earlier run left in the folder is touched, and a folder
-    that is `fresh` goes away again where the input is wrong.
+    that is fresh goes away again where the input is wrong.
     """
-    handlers = console.keep(folder.path / "logs" / "main.log", folder.path / "logs" / "rank_0.log")
+    folder, resume, fresh = place.folder, place.resume, place.fresh
+    own_log = folder.path / "logs" / f"rank_{ranks.rank}.log"
+    handlers = console.keep(*([folder.path / "logs" / "main.log"] if ranks.main else []), own_log)
+    if not ranks.main:
+        redirect(own_log)
     run: Run | None = None
     try:
         if fresh:
             folder.state("starting", step=0)
             _write_inputs(plan, folder)
-        built = assemble(plan.config, parts, folder, resume=resume, terminal=plan.terminal)
+        terminal = plan.terminal if ranks.main else "dumb"
+        built = assemble(plan.config, parts, folder, resume=resume, terminal=terminal)
         check_metrics(built)
         built.config = redact(plan.config, plan.written)
-        built.setting = _setting(plan, parts)
+        built.setting = setting(plan, parts)
         run = built
         if not fresh:
             _write_inputs(plan, folder)
         if plan.run_dir is None:
             folder.link_latest()
         _introduce(run, plan)
+        if plan.config["debug"]:
+            _explain(run)
         if resume is not None:
             log.info("  goes on  after step %d, from %s", run.progress.step, _short(resume, plan))
         run.trackers.start(folder.path, run.progress.step, run.config)
@@ -112,19 +164,19 @@ def _in_folder(
         return _ended(run, plan)
     except InputError as error:
         if run is not None and run.progress.step > run.first_step:
-            return _failed(error, run, folder, plan)
+            return _failed(error, run, folder, plan, ranks)
         console.close(handlers)
         if fresh:
             folder.discard()
         raise
     except (Exception, SystemExit, KeyboardInterrupt, Interrupted) as error:
-        return _failed(error, run, folder, plan)
+        return _failed(error, run, folder, plan, ranks)
     finally:
         signals.run = None
         if run is not None:
             run.trackers.close()
             _drop(run)
-        if folder.path.is_dir():
+        if ranks.main and folder.path.is_dir():
             _write_environment(folder, environment, parts)
         console.close(handlers)
 
@@ -141,18 +193,18 @@ def _finished(folder: RunFolder, length: Plan) -> bool:
     return True
 
 
-def _folder(plan: WorkPlan, parts: Parts) -> tuple[RunFolder, Path | None, bool]:
-    """The run's folder, the checkpoint to go on from, and whether the folder was empty."""
+def _place(plan: WorkPlan, parts: Parts) -> Place:
+    """The run's folder, and the checkpoint to go on from."""
     resume = plan.config["resume"]
     named = None if resume in ("auto", "never") else find(Path(plan.directory, resume))
     if named is not None:
-        _compare(plan, parts, named)
+        compare(plan, parts, named)
     if plan.run_dir is None:
-        return RunFolder.new(Path(plan.directory, "runs"), plan.config["name"]), named, True
+        return Place(RunFolder.new(Path(plan.directory, "runs"), plan.config["name"]), named, True)
     path = Path(plan.directory, plan.run_dir)
     folder = RunFolder.named(path)
     if not any(child.name != ".lock" for child in path.iterdir()):
-        return folder, named, True
+        return Place(folder, named, True)
     if resume == "never":
         raise wrong(
             "resume",
@@ -167,67 +219,13 @@ def _folder(plan: WorkPlan, parts: Parts) -> tuple[RunFolder, Path | None, bool]
             "name a run's folder, or one that is not there",
             value=plan.run_dir,
         )
-    if named is not None:
-        return folder, named, False
+    finished = _finished(folder, parts.plan)
+    if named is not None or finished:
+        return Place(folder, named, False, finished)
     last = latest(path / "checkpoints")
     if last is not None:
-        _compare(plan, parts, last)
-    return folder, last, False
-
-
-_BOUND = ("model", "task", "optimizer", "scheduler", "data", "seed", "batch.global_size")
-_FREE_DATA = ("num_workers",)
-
-
-def _compare(plan: WorkPlan, parts: Parts, checkpoint: Path) -> None:
-    """Raises InputError for configuration that would make the training another one, unless it is in resume_allow.
-
-    Other settings that can change a result are warned of.
-    """
-    saved = extra_of(checkpoint) or {}
-    before, now = saved.get("config", {}), redact(plan.config, plan.written)
-    allowed = plan.config["resume_allow"]
-    problems = [
-        Problem(
-            key,
-            f"was {old!r} in the run that goes on",
-            f"give the old value, allow the change by resume_allow=[{key}], or start a new run without run_dir",
-            value=new,
-        )
-        for bound in _BOUND
-        for key, old, new in _differences(bound, _at(before, bound), _at(now, bound))
-        if not any(key == word or key.startswith(word + ".") for word in allowed)
-        and key.removeprefix("data.") not in _FREE_DATA
-    ]
-    if problems:
-        raise InputError(*problems)
-    for name, new in _setting(plan, parts).items():
-        old = saved.get("setting", {}).get(name, new)
-        if new != old:
-            log.warning("%s was %s and is %s: results may differ in the last digits", name, old, new)
-
-
-def _setting(plan: WorkPlan, parts: Parts) -> dict[str, Any]:
-    """What the training runs on: may differ when it goes on, and is then warned of."""
-    return {
-        "precision": plan.config["precision"]["name"],
-        "device": str(parts.backend.device),
-        "torch": torch.__version__,
-    }
-
-
-def _at(config: Any, key: str) -> Any:
-    for word in key.split("."):
-        config = config.get(word) if isinstance(config, Mapping) else None
-    return config
-
-
-def _differences(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for name in [*old, *(name for name in new if name not in old)]:
-            yield from _differences(f"{key}.{name}", old.get(name), new.get(name))
-    elif old != new:
-        yield key, old, new
+        compare(plan, parts, last)
+    return Place(folder, last, False)
 
 
 def _write_inputs(plan: WorkPlan, folder: RunFolder) -> None:
@@ -246,7 +244,13 @@ def _write_environment(folder: RunFolder, environment: Any, parts: Parts) -> Non
     except Exception as error:
         found = {"error": str(error)}
     folder.write_json(
-        "environment.json", {**found, "devices": devices, "world_size": 1, "threads": torch.get_num_threads()}
+        "environment.json",
+        {
+            **found,
+            "devices": devices,
+            "world_size": parts.backend.mesh.data_size,
+            "threads": torch.get_num_threads(),
+        },
     )
 
 
@@ -255,22 +259,25 @@ def _write_environment(folder: RunFolder, environment: Any, parts: Parts) -> Non
 
 def _introduce(run: Run, plan: WorkPlan) -> None:
     """Says what is about to be trained, with the numbers that matter."""
-    config, model = plan.config, run.engine.model
-    count = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    of_them = "" if trained == count else f", {_count(trained)} of them trained"
+    config, model = plan.config, run.model
+    of_them = "" if model.trained == model.parameters else f", {_count(model.trained)} of them trained"
     batch, order = config["batch"], run.train_data.order
-    held_out = "" if run.eval_data is None else f", {run.eval_data.order.length:,} held out"
+    held_out = ""
+    if run.eval_data is not None:
+        length = run.eval_data.order.length
+        held_out = ", a stream held out" if length is None else f", {length:,} held out"
     log.info("%s: %s", run.name, _short(run.folder.path, plan))
-    log.info("  model    %s, %s parameters%s", type(model).__name__, _count(count), of_them)
-    log.info("  data     %s samples%s", f"{order.length:,}", held_out)
-    log.info(
-        "  batch    %d = %d micro x %d accumulation x 1 process",
-        batch["global_size"],
-        batch["micro_size"],
-        config["accumulation"]["steps"],
-    )
-    log.info("  length   %d steps, %d an epoch", run.plan.steps, run.plan.steps_per_epoch)
+    log.info("  model    %s, %s parameters%s", model.kind, _count(model.parameters), of_them)
+    log.info("  data     %s%s", "a stream" if order.length is None else f"{order.length:,} samples", held_out)
+    world = run.engine.mesh.data_size
+    processes = f"{world} process" if world == 1 else f"{world} processes"
+    if run.fits:
+        log.info("  batch    %d, on %s; the micro-batch is to be found", batch["global_size"], processes)
+    else:
+        micro, steps = batch["micro_size"], config["accumulation"]["steps"]
+        log.info("  batch    %d = %d micro x %d accumulation x %s", batch["global_size"], micro, steps, processes)
+    an_epoch = "" if order.length is None else f", {run.plan.steps_per_epoch} an epoch"
+    log.info("  length   %d steps%s", run.plan.steps, an_epoch)
     log.info(
         "  engine   %s on %s, %s, %s, %d threads",
         run.engine.backend.name,
@@ -279,6 +286,13 @@ def _introduce(run: Run, plan: WorkPlan) -> None:
         type(run.engine.optimizer).__name__,
         torch.get_num_threads(),
     )
+
+
+def _explain(run: Run) -> None:
+    """What the engine decided, once, for each process."""
+    engine = run.engine
+    lines = [standing(engine.device), f"backend {engine.backend.name}, precision {engine.precision.name}"]
+    explain([*lines, *engine.backend.describe()], log.info)
 
 
 def _count(number: int) -> str:
@@ -290,10 +304,13 @@ def _count(number: int) -> str:
 
 def _ended(run: Run, plan: WorkPlan) -> int:
     """Writes the summary of a training that ended in order and says how it ended."""
-    stopped = None if run.complete else run.signal
+    stopped = None if run.complete else run.ending
     status = "completed" if stopped is None else "interrupted"
-    reason = run.stop_reason if stopped is None else signal.Signals(stopped).name
+    reason = run.stop_reason if stopped is None else Signal(stopped).name
     summary = _summary(status, run, plan)
+    for name in ("peak_memory_bytes", "peak_device_memory_bytes"):
+        if name in summary:
+            summary[name] = [one for of_rank in distributed.gather(summary[name]) for one in of_rank]
     run.folder.write_json("summary.json", summary)
     run.folder.state(status, step=run.progress.step, reason=reason)
     rate = f"{summary['samples_per_second']:.1f} samples/s"
@@ -312,11 +329,14 @@ def _ended(run: Run, plan: WorkPlan) -> int:
         log.info("  %s", _short(run.folder.path / "summary.json", plan))
         return DONE
     _say_how_to_go_on(plan, run.folder)
-    return _exit_code(stopped)
+    return exit_code(stopped)
 
 
-def _failed(error: BaseException, run: Run | None, folder: RunFolder, plan: WorkPlan) -> int:
-    """Tells of a failure: its cause last, once; the traceback only where the user needs it."""
+def _failed(error: BaseException, run: Run | None, folder: RunFolder, plan: WorkPlan, ranks: Ranks) -> int:
+    """Tells of a failure: its cause last, once; the traceback only where the user needs it.
+
+    Under a parent the process leaves a record, from which the parent tells of the first failure of all.
+    """
     step = 0 if run is None else run.progress.step
     if isinstance(error, Interrupted):
         folder.state("interrupted", step=step, reason=str(error))
@@ -325,12 +345,22 @@ def _failed(error: BaseException, run: Run | None, folder: RunFolder, plan: Work
     folder.state("failed", step=step, reason=what)
     folder.write_json("summary.json", {**_summary("failed", run, plan), "error": what})
     text = "".join(traceback.format_exception(error))
-    (folder.path / "logs" / "error.txt").write_text(text, encoding="utf-8")
+    where = "before its first step" if run is None else f"after step {step}"
+    told = f"{plan.config['name']} failed {where}"
+    name = "error.txt" if ranks.world_size == 1 else f"error_rank_{ranks.rank}.txt"
+    (folder.path / "logs" / name).write_text(text, encoding="utf-8")
+    go_on = _command(plan, _short(folder.path, plan))
+    record(plan, ranks, error, FAILED, told=told, go_on=go_on, folder=folder.path)
+    if plan.report is not None:
+        with console.muted():
+            log.error("%s (rank %d): %s", told, ranks.rank, what)
+        return FAILED
+    if ranks.world_size > 1 and is_secondary(error):
+        return FAILED
     if plan.full_error or not isinstance(error, RunnerError):
         print(text, file=sys.stderr, end="", flush=True)
     _say_how_to_go_on(plan, folder)
-    where = "before its first step" if run is None else f"after step {step}"
-    log.error("%s failed %s: %s", plan.config["name"], where, what)
+    log.error("%s: %s", told if ranks.world_size == 1 else f"{told} (rank {ranks.rank})", what)
     return FAILED
 
 
@@ -343,7 +373,7 @@ def _summary(status: str, run: Run | None, plan: WorkPlan) -> dict[str, Any]:
         "samples": 0,
         "peak_memory_bytes": [usage],
         "precision": config["precision"]["name"],
-        "world_size": 1,
+        "world_size": distributed.world_size(),
     }
     if run is None:
         return common
@@ -361,6 +391,8 @@ def _summary(status: str, run: Run | None, plan: WorkPlan) -> dict[str, Any]:
         "samples_per_second": (progress.samples - run.train_data.order.samples(run.first_step)) / here,
         "startup_seconds": run.startup_seconds,
         "device": str(device),
+        "micro_size": plan.config["batch"]["micro_size"] if run.fit is None else run.fit.micro_size,
+        "accumulation": config["accumulation"]["steps"] if run.fit is None else run.fit.accumulation,
         "metrics": run.metrics,
         "best": run.checkpointer.best if run.checkpointer else None,
         "backend": run.engine.backend.name,
@@ -394,54 +426,3 @@ def _drop(run: Run) -> None:
     """Lets go of model, optimizer and loaders before the process leaves."""
     for name in list(vars(run)):
         setattr(run, name, None)
-
-
-# --- signals --------------------------------------------------------------------------------------------------------
-
-
-class _Signals:
-    """The first signal ends the run after its step, the second at once."""
-
-    run: Run | None = None
-    received = False
-
-    def __init__(self) -> None:
-        self._process = os.getpid()
-
-    def __call__(self, number: int, frame: Any) -> None:
-        if os.getpid() != self._process:
-            # A data worker, forked with this handler: the training process decides when it ends.
-            if number != signal.SIGINT:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            return
-        if self.received:
-            os._exit(INTERRUPTED if number == signal.SIGINT else 128 + number)
-        self.received = True
-        if self.run is None:
-            raise Interrupted(number)
-        self.run.signal = number
-        # No logging here: the signal may have come while the logger held its lock.
-        os.write(
-            2, f"\n{signal.Signals(number).name}: finishing this step and saving; once more to leave at once\n".encode()
-        )
-
-
-@contextmanager
-def _signals() -> Iterator[_Signals]:
-    handler = _Signals()
-    try:
-        before = {number: signal.signal(number, handler) for number in _SIGNALS}
-    except ValueError:
-        # Not the main thread (a notebook's, a test's): signals belong to somebody else.
-        yield handler
-        return
-    try:
-        yield handler
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-def _exit_code(number: int) -> int:
-    return INTERRUPTED if number == signal.SIGINT else PREEMPTED

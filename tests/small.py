@@ -18,6 +18,7 @@ from runner.checkpoint import Checkpointer
 from runner.data.loader import Loader
 from runner.data.order import Order
 from runner.data.synthetic import random_classification
+from runner.engine.backend import Update
 from runner.engine.engine import Engine
 from runner.engine.mesh import Mesh
 from runner.engine.precision import PRECISIONS, Precision
@@ -70,12 +71,16 @@ def config(**changes: Any) -> dict[str, Any]:
             "eval": data(21, seed=1),
             "collate": None,
             "num_workers": 0,
+            "reader": "all",
             "drop_last": False,
             "group_by_length": False,
         },
         "precision": precision_config(precision),
         "backend": {"name": "auto"},
-        "launch": {"nproc_per_node": 1, "threads": None},
+        "launch": {"nproc_per_node": None, "nnodes": 1, "timeout": 60.0, "threads": None},
+        "activation_checkpointing": "none",
+        "compile": False,
+        "debug": False,
         "grad_clip": None,
         "checkpoint": {"every": None, "keep": 2, "best": None},
         "resume": "auto",
@@ -111,6 +116,8 @@ def precision_config(name: str) -> dict[str, Any]:
         "name": name,
         **dtypes,
         "tf32": precision.tf32,
+        "float8": precision.float8,
+        "emulate": precision.emulate,
         "loss_scaling": None if scaling is None else dict(vars(scaling)),
     }
 
@@ -217,6 +224,19 @@ def engine(
     torch.manual_seed(seed)
     made.prepare(build_model, build_optimizer or (lambda model: torch.optim.SGD(model.parameters(), lr=0.1)))
     return made
+
+
+def step(
+    engine: Engine,
+    max_norm: float | None = None,
+    *,
+    loss: Tensor | None = None,
+    guard: bool = True,
+    measure: bool = False,
+) -> Update:
+    """The exchange and the step of a loop. Without a loss, one that is finite."""
+    known = engine.exchange(torch.zeros(()) if loss is None else loss, guard=guard)
+    return engine.step(max_norm, skip=known.skip, measure=measure)
 
 
 @dataclass

@@ -101,8 +101,13 @@ def test_data_that_are_empty_or_cannot_be_indexed() -> None:
         ("data.train", "is empty: it has no sample"),
         ("data.eval", "is empty: it has no sample"),
     ]
+
+
+def test_a_stream_needs_a_number_of_steps() -> None:
     ((key, why),) = problems(data__train=spec("test_assemble.Endless"))
-    assert (key, "has no length and index" in why) == ("data.train", True)
+    assert (key, "length" in why) == ("train.epochs", True)
+    plan = check(config(data__train=spec("test_assemble.Endless"), train={"epochs": None, "steps": 5})).plan
+    assert plan.steps == 5
 
 
 def test_dropping_the_last_step_may_leave_nothing() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from runner import distributed
 from runner.checkpoint import store
 from runner.checkpoint.manifest import Damaged, Entry, Manifest
 from runner.checkpoint.tensor_file import type_name
@@ -49,8 +50,9 @@ class Checkpointer:
 
     `state` maps names to objects; they are loaded in this order (random states go last). A name that matches one of
     the patterns `optional` (`hooks.*`) may be missing in a checkpoint or among the objects. The newest `keep`
-    checkpoints stay, and so does the best one by `best`, and those of `protected`. Only one process may have a
-    Checkpointer for a folder: making one removes what killed processes left there.
+    checkpoints stay, and so does the best one by `best`, and those of `protected`. Only one job may have a
+    Checkpointer for a folder: making one removes what killed processes left there. All processes of the job make,
+    save and load together: each writes and reads its own part of the tensors, the first one all else.
     """
 
     def __init__(
@@ -79,7 +81,8 @@ class Checkpointer:
         self._optional = tuple(optional)
         self._protected = {path.resolve() for path in protected}
         self._metrics: dict[Path, Mapping[str, float]] = {}
-        store.sweep(folder)
+        if distributed.rank() == 0:
+            store.sweep(folder)
 
     def save(self, step: int, extra: Any = None, metrics: Mapping[str, Any] | None = None) -> Path:
         """Saves all objects and `extra` (JSON), then prunes; a checkpoint of the same step is replaced.
@@ -89,13 +92,14 @@ class Checkpointer:
         of a value that cannot be saved, and, with the checkpoint saved, InputError where `metrics` lack the metric
         of `best`.
         """
-        from runner.checkpoint.storage import write_checkpoint
+        from runner.checkpoint.storage import check_types, write_checkpoint
 
-        document, tensors = split({name: item.state_dict() for name, item in self._state.items()})
-        documents = {STATE: {"state": document, "extra": _json("extra", extra)}}
-        draft = Manifest(step, _numbers(metrics or {}))
-        with store.committed(self._folder, step) as staging:
-            write_checkpoint(staging, tensors, draft, documents)
+        with _all_or_none():
+            document, tensors = split({name: item.state_dict() for name, item in self._state.items()})
+            documents = {STATE: {"state": document, "extra": _json("extra", extra)}}
+            draft = Manifest(step, _numbers(metrics or {}))
+            check_types(tensors)
+        self._write(step, lambda staging: write_checkpoint(staging, tensors, draft, documents))
         path = store.path_of(self._folder, step)
         self._metrics[path] = draft.metrics
         self.prune()
@@ -105,6 +109,27 @@ class Checkpointer:
                 "checkpoint.best.metric", "no evaluation reports it", f"one of: {have}", value=self._best.metric
             )
         return path
+
+    def _write(self, step: int, write: Callable[[Path], None]) -> None:
+        """Lets all processes write into one staging folder, which the first one makes and publishes."""
+        if distributed.rank() > 0:
+            staging = distributed.broadcast(None)
+            if staging is not None:
+                write(staging)
+            if not distributed.broadcast(None):
+                raise RunnerError("the first process could not save the checkpoint")
+            return
+        told = done = False
+        try:
+            with store.committed(self._folder, step) as staging:
+                distributed.broadcast(staging)
+                told = True
+                write(staging)
+            done = True
+        finally:
+            if not told:
+                distributed.broadcast(None)
+            distributed.broadcast(done)
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint; errors as `store.latest`."""
@@ -118,10 +143,11 @@ class Checkpointer:
         another optimizer; and where the checkpoint is damaged.
         """
         try:
-            manifest = Manifest.read(path)
-            document = _read_document(path)
-            saved = _outlines(path, manifest, document)
-            targets = self._targets(path, manifest, saved, convert)
+            with _all_or_none():
+                manifest = Manifest.read(path)
+                document = _read_document(path)
+                saved = _outlines(path, manifest, document)
+                targets = self._targets(path, manifest, saved, convert)
             if targets:
                 from runner.checkpoint.storage import read_tensors
 
@@ -141,8 +167,11 @@ class Checkpointer:
         protected = {path for path in paths if path == best or path.resolve() in self._protected}
         gone = store.expired(paths, self._keep, protected)
         for path in gone:
-            store.remove(path)
+            if distributed.rank() == 0:
+                store.remove(path)
             self._metrics.pop(path, None)
+        # Nobody may look at the folder while the first process still removes.
+        distributed.barrier()
         return gone
 
     @property
@@ -212,6 +241,22 @@ class Checkpointer:
         if problems:
             raise InputError(*problems)
         return targets
+
+
+@contextmanager
+def _all_or_none() -> Iterator[None]:
+    """Raises on every process what one of them raises inside, so that none waits for another that has given up."""
+    failed: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    said = distributed.gather(None if failed is None else f"{type(failed).__name__}: {failed}")
+    if failed is not None:
+        raise failed
+    first = next((rank for rank, error in enumerate(said) if error), None)
+    if first is not None:
+        raise RunnerError(f"rank {first}: {said[first]}")
 
 
 def extra_of(path: Path) -> Any:

@@ -47,12 +47,9 @@ def write_checkpoint(
     """Writes a checkpoint's files into an empty folder, the manifest last; every process of a job calls it.
 
     `draft` is the manifest without files and tensors; `documents` are file names and what JSON they hold, written
-    by the first process. Raises what went wrong in a writer (OSError), and RunnerError for a type of tensor that
-    cannot be saved.
+    by the first process. Raises what went wrong in a writer (OSError), and RunnerError as `check_types` does.
     """
-    for name, tensor in tensors.items():
-        if type_name(tensor.dtype) not in TYPES:
-            raise RunnerError(f"cannot save `{name}`: a tensor of type {type_name(tensor.dtype)}")
+    check_types(tensors)
     with _plain_errors():
         save(
             dict(tensors),
@@ -60,6 +57,13 @@ def write_checkpoint(
             planner=DefaultSavePlanner(flatten_state_dict=False),
             no_dist=_alone(),
         )
+
+
+def check_types(tensors: Mapping[str, Tensor]) -> None:
+    """Raises RunnerError for a type of tensor that cannot be saved."""
+    for name, tensor in tensors.items():
+        if type_name(tensor.dtype) not in TYPES:
+            raise RunnerError(f"cannot save `{name}`: a tensor of type {type_name(tensor.dtype)}")
 
 
 def read_tensors(folder: Path, manifest: Manifest, targets: Mapping[str, Tensor]) -> None:

@@ -9,24 +9,25 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.cli.train import command_of, plan_of, raise_problems
+from runner.cli.train import WORK, command_of, plan_of, problems_of, raise_problems
 from runner.errors import InputError, Problem
 from runner.folder import RunFolder, finite
+from runner.launch import processes
 from runner.launch.environment import Environment
+from runner.launch.local import supervise
 from runner.recipe.compose import Composition, compose
 from runner.recipe.overrides import COMMAND_LINE, Invocation, assignment, jobs
 from runner.recipe.redact import redact_command, secrets_of
+from runner.signals import INTERRUPTED, PREEMPTED
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_INTERRUPTED = (75, 130, -signal.SIGINT, -signal.SIGTERM)
+#: Exit codes of a job that a signal ended: in order, or at once.
+_INTERRUPTED = (PREEMPTED, INTERRUPTED, 128 + signal.SIGTERM, 128 + signal.SIGUSR1)
 
 
 @dataclass
@@ -46,10 +47,10 @@ def sweep(invocation: Invocation, environment: Environment, started: float) -> i
     Raises InputError, before any job runs, with the problems of all of them.
     """
     directory = Path.cwd()
-    raise_problems([*invocation.problems, *environment.check()], Composition())
+    raise_problems([*invocation.problems, *environment.problems, *_launched(environment)], Composition())
     lists = jobs(invocation)
     compositions = [compose(words, directory=directory, config_dirs=invocation.config_dirs) for words in lists]
-    _raise_all(compositions)
+    _raise_all(compositions, environment)
     _one_folder(compositions)
     varying = [words for words in zip(*lists, strict=True) if len(set(words)) > 1]
     first = compositions[0].config
@@ -84,12 +85,23 @@ def sweep(invocation: Invocation, environment: Environment, started: float) -> i
     return 1 if failed else 0
 
 
-def _raise_all(compositions: Sequence[Composition]) -> None:
+def _launched(environment: Environment) -> list[Problem]:
+    if environment.ranks is None or environment.ranks.world_size == 1:
+        return []
+    why = f"a sweep starts the processes of its jobs itself, and {environment.launcher} has started several"
+    return [Problem(None, why, "start one process, and say launch.nproc_per_node")]
+
+
+def _raise_all(compositions: Sequence[Composition], environment: Environment) -> None:
     """Raises InputError with each problem once, however many jobs have it."""
     seen: dict[str, Problem] = {}
     for composition in compositions:
+        problems = problems_of(composition, environment)
+        if processes.nodes(composition.config) > 1:
+            why = "the jobs of a sweep run on one computer"
+            problems.append(Problem("launch.nnodes", why, "leave it out", composition.config["launch"]["nnodes"]))
         try:
-            raise_problems(composition.check(), composition)
+            raise_problems(problems, composition)
         except InputError as error:
             for problem in error.problems:
                 seen.setdefault(repr(problem), problem)
@@ -136,35 +148,10 @@ def _run_all(
         plan = plan_of(job.composition, command_of(repeated), directory, environment, started)
         plan.run_dir = where
         plan.config = {**plan.config, "run_dir": where}
-        path = job.folder.with_name(f".{job.folder.name}.plan.json")
-        plan.save(path)
-        try:
-            # A process group of its own: the terminal's Ctrl-C reaches the job once, by us.
-            process = subprocess.Popen(
-                [sys.executable, "-m", "runner.launch.worker", "runner.cli.train:work", str(path)], process_group=0
-            )
-            with _forwarded(process):
-                job.code = process.wait()
-        finally:
-            path.unlink(missing_ok=True)
+        job.code = supervise(WORK, plan, processes.processes(plan.config, environment))
         if job.code in _INTERRUPTED:
-            return job.code if job.code > 0 else 128 - job.code
+            return job.code
     return None
-
-
-@contextmanager
-def _forwarded(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Hands the signals that end a run on to the job."""
-
-    def forward(number: int, frame: Any) -> None:
-        process.send_signal(number)
-
-    before = {number: signal.signal(number, forward) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 def _row(job: Job) -> dict[str, Any]:

@@ -1,30 +1,87 @@
-"""`runner +recipe=NAME …`: one training run, in this process."""
+"""`runner +recipe=NAME …`: one training run, in this process, in processes of its own, or in those of a launcher."""
 
 from __future__ import annotations
 
+import logging
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from runner.errors import InputError, Mark, Problem
+from runner.distributed import Ranks
+from runner.errors import Elsewhere, InputError, Mark, Problem
+from runner.launch import processes
 from runner.launch.environment import Environment
-from runner.launch.worker import WorkPlan
+from runner.launch.failure import record, share
+from runner.launch.worker import WorkPlan, leave
 from runner.recipe.compose import Composition, compose, nearest
 from runner.recipe.overrides import Invocation
 from runner.recipe.problems import render
 
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+#: The entry point of every process of a run.
+WORK = "runner.cli.train:work"
+
 
 def train(invocation: Invocation, environment: Environment, started: float) -> int:
     """Composes, checks and trains. Returns the exit code; raises InputError with all problems of the configuration."""
+    ranks = environment.ranks
+    if ranks is not None and ranks.world_size > 1:
+        leave(_in_group(invocation, environment, ranks, started))
+    return launch(composed(invocation, environment, started), environment)
+
+
+def composed(invocation: Invocation, environment: Environment, started: float) -> WorkPlan:
+    """The plan of a command line; says what the user should know of it. Raises InputError with all problems."""
     directory = Path.cwd()
     composition = compose(invocation.overrides, directory=directory, config_dirs=invocation.config_dirs)
-    raise_problems([*invocation.problems, *composition.check(), *environment.check()], composition)
+    raise_problems([*invocation.problems, *problems_of(composition, environment)], composition)
     for note in composition.notes:
         print(note, file=sys.stderr if invocation.json else sys.stdout, flush=True)
     plan = plan_of(composition, command_of(invocation), directory, environment, started)
     if invocation.json:
         plan.json, plan.terminal = True, "dumb"
-    return work(plan)
+    return plan
+
+
+def problems_of(composition: Composition, environment: Environment) -> list[Problem]:
+    """What is wrong with a configuration, and with the processes that it and a launcher ask for."""
+    world = processes.processes(composition.config, environment)
+    return [*composition.check(world), *processes.check(composition.config, environment)]
+
+
+def launch(plan: WorkPlan, environment: Environment) -> int:
+    """Does the work of a plan in as many processes as it asks for."""
+    if processes.nodes(plan.config) > 1:
+        from runner.launch import elastic
+
+        return elastic.run(WORK, plan, processes.on_node(plan.config))
+    count = processes.processes(plan.config, environment)
+    if count == 1:
+        return work(plan, Ranks())
+    from runner.launch import local
+
+    return local.supervise(WORK, plan, count)
+
+
+def _in_group(invocation: Invocation, environment: Environment, ranks: Ranks, started: float) -> int:
+    """This process's part under another launcher, which started the others as well.
+
+    The first process composes, and tells the others, who wait for its plan; also where there is none.
+    """
+    if not ranks.main:
+        return work(None, ranks)
+    try:
+        plan = composed(invocation, environment, started)
+    except BaseException:
+        _refuse(ranks)
+        raise
+    return work(plan, ranks)
 
 
 def raise_problems(problems: Sequence[Problem], composition: Composition) -> None:
@@ -55,17 +112,91 @@ def plan_of(
     )
 
 
-def work(plan: WorkPlan) -> int:
-    """The job of a plan, with the user's mistakes shown where they stand."""
-    from runner import console
+# --- in every process of a run ----------------------------------------------------------------------------------------
+
+
+def work(plan: WorkPlan | None, ranks: Ranks) -> int:
+    """This process's part of a run, after the first one's plan; the user's mistakes are shown where they stand.
+
+    A parent that waits for records (`plan.report`) shows them itself.
+    """
+    from runner import console, distributed
     from runner.job import work as do
 
-    console.speak(aside=plan.json)
+    store = None
+    if ranks.world_size > 1:
+        store = distributed.store(ranks)
+        plan = _agreed(plan, ranks, store)
+    if plan is None:
+        return InputError.exit_code
+    if ranks.main:
+        console.speak(aside=plan.json)
+    else:
+        _be_quiet()
     try:
-        return do(plan)
-    except InputError as error:
-        show(error, {key: Mark(*mark) for key, mark in plan.marks.items()}, Path(plan.directory), plan.full_error)
+        code = do(plan, ranks, store)
+    except Elsewhere as error:
         return error.exit_code
+    except InputError as error:
+        return _refused(error, plan, ranks, store)
+    if code == 1 and store is not None and ranks.keep_store:
+        share(plan, ranks, store)
+    return code
+
+
+def _be_quiet() -> None:
+    """Keeps the program's messages off the terminal; they go to this process's log once the run has a folder."""
+    log = logging.getLogger("runner")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.addHandler(logging.NullHandler())
+
+
+def _refused(error: InputError, plan: WorkPlan, ranks: Ranks, store: Store | None) -> int:
+    """Hands the user's mistake to the parent, or shows it where no other process has done so."""
+    if plan.report is not None:
+        record(plan, ranks, error, error.exit_code)
+    elif store is None or _first_to_tell(store):
+        show(error, {key: Mark(*mark) for key, mark in plan.marks.items()}, Path(plan.directory), plan.full_error)
+    return error.exit_code
+
+
+def _first_to_tell(store: Store) -> bool:
+    try:
+        return store.add("told", 1) == 1
+    except RuntimeError:
+        return False  # the first process has told it, and gone
+
+
+_PLAN = "plan"
+
+
+def _agreed(plan: WorkPlan | None, ranks: Ranks, store: Store) -> WorkPlan | None:
+    """The first process's plan, in all of them; None where it has none."""
+    if ranks.main:
+        assert plan is not None
+        store.set(_PLAN, plan.text())
+        return plan
+    while not store.check([_PLAN]):  # not by waiting in `get`, where no signal would be heard
+        time.sleep(0.02)
+    text = store.get(_PLAN).decode()
+    if not text:
+        store.add("refused", 1)
+        return None
+    own = None if plan is None else plan.report
+    return replace(WorkPlan.parse(text), report=own, terminal="dumb")
+
+
+def _refuse(ranks: Ranks) -> None:
+    """Lets the other processes know that there is no plan, and waits a moment for them to hear it."""
+    from runner import distributed
+
+    with suppress(Exception):
+        store = distributed.store(ranks)
+        store.set(_PLAN, "")
+        until = time.monotonic() + 10.0
+        while not ranks.keep_store and time.monotonic() < until and store.add("refused", 0) < ranks.world_size - 1:
+            time.sleep(0.05)
 
 
 def show(error: InputError, origins: dict[str, Mark], directory: Path, full: bool) -> None:

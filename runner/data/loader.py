@@ -6,29 +6,41 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from copy import copy
 from dataclasses import fields, is_dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from runner.data.collate import Collate, collate
 from runner.data.order import Order
+from runner.errors import InputError, Problem, wrong
 
-Collate = Callable[[list[Any]], Any]
+
+class StepBatches(NamedTuple):
+    """The micro-batches of one process for one optimizer step: as many as every other process has, at least one.
+
+    The first `real` of them are its own. The rest is padding, made of samples that another process counts: it goes
+    through the model, so that all processes make the same collectives, and weighs nothing.
+    """
+
+    batches: list[Any]
+    real: int
 
 
 class Loader:
     """Gives each process its micro-batches of every optimizer step.
 
     The samples of a step are cut into slices of `micro_size`; micro-batch j of data reader r (of `readers`) is
-    slice j * readers + r. Only the last step of an epoch has fewer or smaller micro-batches.
+    slice j * readers + r. Only the last step of an epoch has fewer or smaller micro-batches; a reader that then has
+    one less than others gets the step's first slice as padding.
 
     Args:
         dataset: map-style; `__getitems__(list of indices)` is used where it exists, and a TensorDataset is indexed
             by tensors.
         order: which samples make which step.
         micro_size: samples per micro-batch.
-        collate: makes a batch of a list of samples; None for torch's default.
+        collate: makes a batch of a list of samples; None for runner.data.collate's.
         num_workers: processes that fetch ahead; 0 fetches here, when the batch is asked for.
         device: where batches go.
         reader, readers: this process's place among the data readers.
@@ -49,56 +61,121 @@ class Loader:
         self.dataset = dataset
         self.order = order
         self.micro_size = micro_size
-        self._collate = collate
         self._workers = num_workers
         self._device = torch.device(device)
         self._reader, self._readers = reader, readers
-        self._fetch = _fetcher(dataset, collate)
+        self._fetch = Fetch(dataset, collate)
 
-    def steps(self, first: int, stop: int) -> Iterator[list[Any]]:
+    def steps(self, first: int, stop: int) -> Iterator[StepBatches]:
         """The micro-batches of this process for the steps first, first + 1, … stop - 1 of the run, step by step."""
         if not self._workers:
             for step in range(first, stop):
-                yield [self._place(self._fetch(samples)) for samples in self._micro(step)]
+                slices, real = self._micro(step)
+                yield StepBatches([self._place(self._fetch(samples)) for samples in slices], real)
             return
         batches = self._ahead(first, stop)
         for step in range(first, stop):
-            slices = -(-self.order.count(step) // self.micro_size)
-            yield [self._place(batch) for batch in islice(batches, len(range(self._reader, slices, self._readers)))]
+            each, real = shares(self.order.count(step), self.micro_size, self._reader, self._readers)
+            yield StepBatches([self._place(batch) for batch in islice(batches, each)], real)
 
-    def _micro(self, step: int) -> Sequence[Tensor]:
+    def _micro(self, step: int) -> tuple[Sequence[Tensor], int]:
+        """The indices of this process's micro-batches, and how many of them are its own."""
         indices = self.order.indices(step)
         if self._readers == 1:
-            return (indices,) if len(indices) <= self.micro_size else indices.split(self.micro_size)
-        return indices.split(self.micro_size)[self._reader :: self._readers]
+            slices = (indices,) if len(indices) <= self.micro_size else indices.split(self.micro_size)
+            return slices, len(slices)
+        slices = indices.split(self.micro_size)
+        own = slices[self._reader :: self._readers]
+        each = -(-len(slices) // self._readers)
+        return (*own, slices[0]) if len(own) < each else own, len(own)
 
     def _ahead(self, first: int, stop: int) -> Iterator[Any]:
-        samples = (indices.tolist() for step in range(first, stop) for indices in self._micro(step))
+        # Lists: tensors would go to the workers by shared memory, one at a time.
+        slices = (indices.tolist() for step in range(first, stop) for indices in self._micro(step)[0])
         # A generator of its own: torch's loader otherwise draws from the global one, which belongs to the training.
-        return iter(
-            DataLoader(
-                self.dataset,
-                batch_sampler=samples,  # type: ignore[arg-type]  # any iterable does
-                collate_fn=self._collate,
-                num_workers=self._workers,
-                pin_memory=self._device.type == "cuda",
-                generator=torch.Generator().manual_seed(self.order.seed),
-            )
+        batches = DataLoader(
+            self._fetch,
+            sampler=slices,  # type: ignore[arg-type]  # any iterable does
+            batch_size=None,
+            collate_fn=as_it_is,
+            num_workers=self._workers,
+            pin_memory=self._device.type == "cuda",
+            generator=torch.Generator().manual_seed(self.order.seed),
         )
+        for batch in batches:
+            yield opened(batch)
 
     def _place(self, batch: Any) -> Any:
         return batch if self._device.type == "cpu" else to_device(batch, self._device)
 
 
-def _fetcher(dataset: Any, collate: Collate | None) -> Callable[[Tensor], Any]:
-    """The quickest way from sample indices to a batch that this data set has."""
-    if collate is None and type(dataset) is TensorDataset:
-        tensors = dataset.tensors
-        return lambda indices: [tensor[indices] for tensor in tensors]
-    make = collate or default_collate
-    if hasattr(dataset, "__getitems__"):
-        return lambda indices: make(dataset.__getitems__(indices.tolist()))
-    return lambda indices: make([dataset[i] for i in indices.tolist()])
+def shares(samples: int, micro_size: int, reader: int, readers: int) -> tuple[int, int]:
+    """(micro-batches of every reader, those of them that are `reader`'s own) of a step of `samples`."""
+    slices = -(-samples // micro_size)
+    return -(-slices // readers), len(range(reader, slices, readers))
+
+
+class Fetch(Dataset[Any]):
+    """Sample indices to a batch, the quickest way that a data set has; called, or asked as a data set by a worker."""
+
+    def __init__(self, dataset: Any, make: Collate | None) -> None:
+        self._dataset = dataset
+        self._make = make or collate
+        self._tensors = dataset.tensors if make is None and type(dataset) is TensorDataset else None
+        self._many = getattr(dataset, "__getitems__", None)
+
+    def __call__(self, indices: Tensor) -> Any:
+        if self._tensors is not None:
+            return [tensor[indices] for tensor in self._tensors]
+        numbers = indices.tolist()
+        samples = [self._dataset[i] for i in numbers] if self._many is None else self._many(numbers)
+        try:
+            return self._make(samples)
+        except Exception as error:
+            refuse_none(samples, numbers, error)
+            raise
+
+    def __getitem__(self, indices: list[int]) -> Any:
+        return sealed(self, torch.tensor(indices))
+
+
+def refuse_none(samples: Sequence[Any], numbers: Sequence[int], cause: Exception) -> None:
+    """Raises InputError where a batch could not be made because a sample is None."""
+    none = [number for sample, number in zip(samples, numbers, strict=False) if sample is None]
+    if none:
+        fix = "give a sample for each index, or a data.collate that knows what to do without"
+        raise wrong("data", f"sample {none[0]} of the data set is None", fix) from cause
+
+
+class Sealed:
+    """An error in the user's input that a worker met, on its way to the training process."""
+
+    def __init__(self, error: InputError) -> None:
+        # Plain values: they travel by pickle.
+        self._parts = [(p.key, p.why, p.fix, {"value": p.value} if p.has_value else {}) for p in error.problems]
+
+    def error(self) -> InputError:
+        return InputError(*(Problem(key, why, fix, **value) for key, why, fix, value in self._parts))
+
+
+def sealed(make: Callable[..., Any], *arguments: Any) -> Any:
+    """What a call gives, or its InputError as a value: torch would send an exception home as its text alone."""
+    try:
+        return make(*arguments)
+    except InputError as error:
+        return Sealed(error)
+
+
+def opened(value: Any) -> Any:
+    """What `sealed` gave in a worker; raises its error here."""
+    if isinstance(value, Sealed):
+        raise value.error()
+    return value
+
+
+def as_it_is(batch: Any) -> Any:
+    """A worker's batches are made already."""
+    return batch
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

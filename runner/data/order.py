@@ -66,7 +66,8 @@ class Order:
 
     Step s of an epoch owns positions [s * G, (s + 1) * G) of the epoch's permutation, G = `global_size`; the last
     step of an epoch is short unless `drop_last`. With `lengths`, the samples of each window of `window` steps are
-    sorted by length and cut into steps, and the steps are put in a random order; a short step stays the last.
+    sorted by length and cut into steps, and the steps are put in a random order; a short step stays the last. Without
+    `shuffle` all are sorted at once, so that slices of steps do not depend on how large a step is.
 
     Args:
         length: samples in the data set.
@@ -95,8 +96,10 @@ class Order:
         self.steps_per_epoch = length // global_size if drop_last else -(-length // global_size)
         self.samples_per_epoch = min(length, self.steps_per_epoch * global_size)
         self._lengths = None if lengths is None else torch.as_tensor(lengths)
-        self._steps_per_block = window if lengths is not None else max(1, _BLOCK // global_size)
         self._shuffle = shuffle
+        self._steps_per_block = max(1, _BLOCK // global_size)
+        if lengths is not None:
+            self._steps_per_block = window if shuffle else max(1, self.steps_per_epoch)
         self._cached: tuple[int, int] | None = None
         self._chunks: list[Tensor] = []
 
@@ -124,10 +127,11 @@ class Order:
         samples = Permutation(self.length, self.seed, "order", epoch)(positions) if self._shuffle else positions
         if self._lengths is None:
             return list(samples.split(self.global_size))
+        if not self._shuffle:
+            return list(samples[torch.sort(self._lengths[samples], stable=True).indices].split(self.global_size))
         whole = len(samples) - len(samples) % self.global_size
         alike = samples[:whole][torch.sort(self._lengths[samples[:whole]], stable=True).indices]
         steps = list(alike.split(self.global_size)) if whole else []
-        if self._shuffle:
-            mixed = Permutation(len(steps), self.seed, "window", epoch, block)(torch.arange(len(steps)))
-            steps = [steps[i] for i in mixed.tolist()]
+        mixed = Permutation(len(steps), self.seed, "window", epoch, block)(torch.arange(len(steps)))
+        steps = [steps[i] for i in mixed.tolist()]
         return steps + ([samples[whole:]] if whole < len(samples) else [])

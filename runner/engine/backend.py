@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,12 +34,57 @@ class Update:
     overflow: bool = False
 
 
+class Handle(ABC):
+    """One optimizer and the gradients it steps with: its words are separate here, `Backend.step` is all of them.
+
+    `parameters` are those of the optimizer. All words may be called on every micro-batch of every rank.
+    """
+
+    optimizer: torch.optim.Optimizer
+
+    @abstractmethod
+    def unscale(self) -> None:
+        """Makes the gradients the true ones; acts once a step."""
+
+    @abstractmethod
+    def not_finite(self) -> Tensor | None:
+        """0 where this process's gradients are finite, else more (0-d float); None where the backend looks itself.
+
+        A local answer: whoever decides adds up those of all processes.
+        """
+
+    @abstractmethod
+    def norm(self) -> Tensor:
+        """The global 2-norm of the true gradient, over all shards: 0-d float32, the same on every process."""
+
+    @abstractmethod
+    def clip(self, max_norm: float, norm: Tensor | None = None) -> Tensor:
+        """Scales the gradients to a global norm of at most `max_norm`; returns the norm before."""
+
+    @abstractmethod
+    def clip_values(self, most: float) -> None:
+        """Limits each element of the gradients to [-most, most]."""
+
+    @abstractmethod
+    def step(self, max_norm: float | None = None, *, skip: bool | Tensor = False, measure: bool = False) -> Update:
+        """Unscale, clip to `max_norm`, step unless `skip`, zero. The loss scale is updated by `Backend.settle`.
+
+        `measure` asks for the norm where nothing is clipped.
+        """
+
+    @abstractmethod
+    def zero(self) -> None:
+        """Frees the gradients."""
+
+
 class Backend(ABC):
     """The adapter that places a model on the mesh, synchronises its gradients and steps its optimizer."""
 
     name: str
+    #: Whether it needs a process group even for one process.
+    grouped = False
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    handle: Handle
 
     def __init__(self, device: torch.device, precision: Precision, mesh: Mesh) -> None:
         self.device = device
@@ -50,34 +95,54 @@ class Backend(ABC):
         """What cannot work, told before a model exists."""
         return self.precision.check(self.device)
 
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.handle.optimizer
+
     @abstractmethod
     def prepare(self, build_model: BuildModel, build_optimizer: BuildOptimizer) -> None:
-        """Builds `model` and `optimizer` in the order this backend needs."""
+        """Builds `model` and `handle` in the order this backend needs. Every process has the same random state."""
+
+    @abstractmethod
+    def adopt(
+        self, models: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer]
+    ) -> tuple[list[nn.Module], list[Handle]]:
+        """For people's own loops: places models that exist and gives a handle for each optimizer, in the same order.
+
+        An optimizer may hold parameters of models of earlier calls. Its groups are pointed at the new parameters
+        where placing a model replaces them. Raises InputError for what the backend cannot do.
+        """
 
     @abstractmethod
     def autocast(self) -> AbstractContextManager[Any]:
         """Around every forward pass and loss."""
 
-    @abstractmethod
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
         """Around the forward and backward of a micro-batch; gradients travel with the last one of a step only."""
+        return nullcontext()
 
     @abstractmethod
-    def backward(self, loss: Tensor, factor: Tensor) -> Tensor:
-        """Adds the gradient of factor * loss (both 0-d) and returns factor * loss, detached."""
+    def backward(self, loss: Tensor, factor: Tensor | None) -> Tensor:
+        """Adds the gradient of factor * loss (both 0-d; no factor is 1) and returns factor * loss, detached.
 
-    @abstractmethod
-    def unscale(self) -> None:
-        """Makes the gradients the true ones; acts once a step."""
-
-    @abstractmethod
-    def step(self, max_norm: float | None, *, guard: bool, loss: Tensor | None = None, measure: bool = False) -> Update:
-        """Unscale, clip to `max_norm`, step, update the loss scale, zero: one word.
-
-        With `guard` a `loss` or gradient that is not finite leaves weights and optimizer as they are; under loss
-        scaling such a gradient always does. `measure` asks for the gradient norm where nothing is clipped.
+        Gradients are averaged over the mesh's data readers.
         """
+
+    @abstractmethod
+    def settle(self, skipped: bool) -> bool:
+        """Once after the steps of all handles: updates the loss scale. Whether an overflow made it smaller."""
 
     @abstractmethod
     def state(self) -> Mapping[str, Any]:
         """Stateful objects by name (model, optimizer, scaler), keyed by parameter name inside."""
+
+    def discard(self) -> None:
+        """Throws away what a forward and backward have left, also broken off by an error: all processes call it."""
+        self.handle.zero()
+
+    def forget(self) -> None:
+        """Drops gradients that wait for the last micro-batch of a step that will not come."""
+
+    def describe(self) -> list[str]:
+        """Decisions on wrapping, sharding and precision, a line each, for `debug=true`."""
+        return []

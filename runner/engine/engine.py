@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+import math
+from collections.abc import Mapping, MutableMapping, Sequence
 from copy import copy
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from runner import distributed
 from runner.engine.backend import Backend, BuildModel, BuildOptimizer, Update
 from runner.keyed import keyed, mixed
+
+
+@dataclass(slots=True)
+class Exchange:
+    """What all processes know after the backward passes of a step.
+
+    `loss` is the step's mean loss (0-d), `weight` the next step's weight, `flags` how many processes raised each
+    flag, `skip` whether the step must change no weight: a bool, or a 0-d bool tensor where the device decides.
+    """
+
+    loss: Tensor
+    weight: Any
+    flags: Sequence[float]
+    skip: bool | Tensor
 
 
 class Engine:
@@ -23,7 +39,8 @@ class Engine:
         with engine.accumulate(last=True):
             loss = loss_sum(engine.forward(inputs), targets)
             engine.backward(loss, engine.factor(weight))
-        update = engine.step(max_norm=1.0)
+        known = engine.exchange(loss.detach())
+        update = engine.step(max_norm=1.0, skip=known.skip)
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -34,10 +51,11 @@ class Engine:
         self.autocast = backend.autocast
         self.accumulate = backend.accumulate
         self.backward = backend.backward
-        self.unscale = backend.unscale
-        self._seed: tuple[int | None, int] = (None, 0)
+        self._seeds: dict[tuple[int, str], int] = {}
         self._plain = not backend.precision.autocast and backend.precision.param_dtype is torch.float32
         self._factor: tuple[Any, Tensor] = (None, torch.zeros(()))
+        #: Flags of the last exchange on their way to the host, where that is not the device.
+        self._flags: tuple[Tensor, Any] | None = None
 
     def prepare(self, build_model: BuildModel, build_optimizer: BuildOptimizer) -> None:
         """Builds model and optimizer in the backend's order and places them."""
@@ -59,9 +77,9 @@ class Engine:
         if self._plain:
             return self._call(inputs)
         if self.precision.param_dtype is not torch.float32:
-            inputs = _floats_as(inputs, self.precision.param_dtype)
+            inputs = floats_as(inputs, self.precision.param_dtype)
         with self.autocast():
-            return _floats_as(self._call(inputs), torch.float32)
+            return floats_as(self._call(inputs), torch.float32)
 
     def _call(self, inputs: Any) -> Any:
         if isinstance(inputs, Tensor):
@@ -78,27 +96,83 @@ class Engine:
         The gradients of N readers are averaged, hence the N.
         """
         if isinstance(weight, Tensor):
-            return self.mesh.data_size / weight.to(torch.float32)
+            return (self.mesh.data_size / weight).to(self.device, torch.float32)
         if self._factor[0] != weight:
             self._factor = (weight, torch.tensor(self.mesh.data_size / weight, device=self.device))
         return self._factor[1]
 
-    def step(
-        self,
-        max_norm: float | None = None,
-        *,
-        guard: bool = True,
-        loss: Tensor | None = None,
-        measure: bool = False,
-    ) -> Update:
-        """Unscale, clip, step, zero; see Backend.step."""
-        return self.backend.step(max_norm, guard=guard, loss=loss, measure=measure)
+    def exchange(self, loss: Tensor, weight: Any = 0, flags: Sequence[float] = (), *, guard: bool = True) -> Exchange:
+        """Between the last backward and the step: what the processes must know of each other, in one small all-reduce.
 
-    def seed(self, seed: int, step: int) -> None:
-        """Seeds torch's generators by (seed, step, data rank): randomness then needs no state to be saved."""
-        if self._seed[0] != seed:
-            self._seed = (seed, keyed(seed, "step", self.mesh.data_rank))
-        number = mixed(self._seed[1], step)
+        With `guard` a loss or gradient that is not finite anywhere makes the step one to skip; under loss scaling
+        such a gradient always does. One process exchanges nothing. On a GPU the flags are those of the exchange
+        before, the same on all processes: so nobody waits for the device.
+
+        Args:
+            loss: sum of what `backward` returned in this step (0-d).
+            weight: this process's weight of the next step: a number or a 0-d tensor.
+            flags: numbers to be added up over the processes.
+        """
+        looks = guard or self.precision.loss_scaling is not None
+        found = self.backend.handle.not_finite() if looks else None
+        if self.mesh.data_size == 1:
+            return Exchange(loss, weight, flags, self._skip(found, loss if guard else None))
+        double = torch.float32 if self.device.type == "mps" else torch.float64
+        vector = torch.zeros(3 + len(flags), dtype=double, device=self.device)
+        vector[0], vector[1] = loss, weight
+        if found is not None:
+            vector[2] = found
+        if flags:
+            vector[3:] = torch.tensor(flags, dtype=double)
+        distributed.total(vector)
+        mean = (vector[0] / self.mesh.data_size).float()
+        skip = self._skip(vector[2] if looks else None, mean if guard else None)
+        return Exchange(mean, vector[1], self._on_host(vector[3:]), skip)
+
+    def _skip(self, found: Tensor | None, loss: Tensor | None) -> bool | Tensor:
+        if found is None and loss is None:
+            return False
+        if getattr(self.backend.handle, "device_decides", False):
+            flag = torch.zeros((), dtype=torch.bool, device=self.device) if found is None else found.bool()
+            return flag if loss is None else flag | ~torch.isfinite(loss)
+        return bool(found is not None and found.item()) or not (loss is None or math.isfinite(loss.item()))
+
+    def _on_host(self, flags: Tensor) -> list[float]:
+        """The flags as numbers: of this exchange on a CPU, else of the one before."""
+        if self.device.type != "cuda":
+            return flags.tolist()
+        before = self._flags
+        copy_, ready = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True), torch.cuda.Event()
+        copy_.copy_(flags, non_blocking=True)
+        ready.record()
+        self._flags = (copy_, ready)
+        if before is None:
+            return [0.0] * flags.numel()
+        before[1].synchronize()
+        return before[0].tolist()
+
+    def total(self, weight: Any) -> Any:
+        """A step's weight over all processes: what the first step needs, before there was an exchange."""
+        if self.mesh.data_size == 1:
+            return weight
+        double = torch.float32 if self.device.type == "mps" else torch.float64
+        return distributed.total(torch.as_tensor(weight, device=self.device).to(double, copy=True))
+
+    def unscale(self) -> None:
+        """Makes the gradients the true ones; acts once a step."""
+        self.backend.handle.unscale()
+
+    def step(self, max_norm: float | None = None, *, skip: bool | Tensor = False, measure: bool = False) -> Update:
+        """Unscale, clip, step unless `skip`, update the loss scale, zero; see Handle.step and Backend.settle."""
+        update = self.backend.handle.step(max_norm, skip=skip, measure=measure)
+        update.overflow = self.backend.settle(update.skipped is True)
+        return update
+
+    def seed(self, seed: int, step: int, what: str = "step") -> None:
+        """Seeds torch's generators by (seed, `what`, step, data rank): randomness then needs no state to be saved."""
+        if (seed, what) not in self._seeds:
+            self._seeds[seed, what] = keyed(seed, what, self.mesh.data_rank)
+        number = mixed(self._seeds[seed, what], step)
         torch.default_generator.manual_seed(number)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(number)
@@ -109,22 +183,22 @@ class Engine:
         return self.backend.state()
 
 
-def _floats_as(value: Any, dtype: torch.dtype) -> Any:
+def floats_as(value: Any, dtype: torch.dtype) -> Any:
     """The same nested structure with its floating-point tensors as `dtype`."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if type(value) is dict:
-        return {key: _floats_as(item, dtype) for key, item in value.items()}
+        return {key: floats_as(item, dtype) for key, item in value.items()}
     if isinstance(value, MutableMapping):
         # A model's output class: a copy that is filled item by item, so that its attributes follow.
         filled = copy(value)
         for key, item in value.items():
-            filled[key] = _floats_as(item, dtype)
+            filled[key] = floats_as(item, dtype)
         return filled
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_floats_as(item, dtype) for item in value))
+        return type(value)(*(floats_as(item, dtype) for item in value))
     if isinstance(value, (list, tuple)):
-        return type(value)(_floats_as(item, dtype) for item in value)
+        return type(value)(floats_as(item, dtype) for item in value)
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: _floats_as(getattr(value, f.name), dtype) for f in fields(value) if f.init})
+        return replace(value, **{f.name: floats_as(getattr(value, f.name), dtype) for f in fields(value) if f.init})
     return value

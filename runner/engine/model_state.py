@@ -1,7 +1,8 @@
-"""The states of a model and of its optimizer, keyed by parameter name, whatever wraps the model."""
+"""The states of a model and of its optimizer, keyed by parameter name, whatever wraps or shards the model."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -40,7 +41,8 @@ class ModelState:
         source = {name: _plain(first.get(id(value), name)) for name, value in own.items()}
         _compare("the model", source.values(), state)
         bare = _bare(self._model)
-        bare.load_state_dict({name: state[saved] for name, saved in source.items()}, strict=False)
+        values = {name: _placed_as(own[name], state[saved]) for name, saved in source.items()}
+        bare.load_state_dict(values, strict=False)
 
 
 class OptimizerState:
@@ -117,6 +119,7 @@ class OptimizerState:
 
     def _names(self) -> dict[Tensor, str]:
         """The optimizer's parameters in its order, with their names."""
+        _tensors(self._model)  # lets a sharded model show its shards, where a forward has left whole weights
         known = {id(p): _plain(name) for name, p in _bare(self._model).named_parameters()}
         names = {}
         for group in self._optimizer.param_groups:
@@ -228,6 +231,20 @@ def _bare(model: nn.Module) -> nn.Module:
 def _tensors(model: nn.Module) -> dict[str, Any]:
     """The bare model's state by its full names, with the parameters and buffers themselves."""
     return dict(_bare(model).state_dict(keep_vars=True))
+
+
+def _placed_as(own: Any, value: Any) -> Any:
+    """A value that can be copied into the model's `own`: cut, or put together, where only one of them is sharded."""
+    tensor = sys.modules.get("torch.distributed.tensor")
+    if tensor is None or not isinstance(own, Tensor) or not isinstance(value, Tensor):
+        return value
+    if isinstance(own, tensor.DTensor) and not isinstance(value, tensor.DTensor):
+        # Every process has the whole value: nothing to send.
+        placed = value.to(own.device)
+        return tensor.distribute_tensor(placed, own.device_mesh, own.placements, src_data_rank=None)
+    if isinstance(value, tensor.DTensor) and not isinstance(own, tensor.DTensor):
+        return value.full_tensor()
+    return value
 
 
 def _first_names(values: Mapping[str, Any]) -> dict[int, str]:

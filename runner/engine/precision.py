@@ -29,6 +29,8 @@ class Precision:
     compute_dtype: torch.dtype = torch.float32
     reduce_dtype: torch.dtype = torch.float32
     tf32: bool = False
+    float8: bool = False
+    emulate: bool = False
     loss_scaling: LossScaling | None = None
 
     @property
@@ -42,6 +44,10 @@ class Precision:
 
     def check(self, device: torch.device) -> list[Problem]:
         """What this device cannot do."""
+        if self.float8:
+            from runner.engine import fp8
+
+            return fp8.check(device, self.emulate)
         why = None
         if self.tf32 and device.type != "cuda":
             why = f"{device.type} has no TF32"
@@ -60,5 +66,6 @@ PRECISIONS = {
     "tf32": Precision("tf32", tf32=True),
     "bf16": Precision("bf16", compute_dtype=torch.bfloat16),
     "fp16": Precision("fp16", compute_dtype=torch.float16, loss_scaling=LossScaling()),
+    "fp8": Precision("fp8", compute_dtype=torch.bfloat16, float8=True),
     "bf16_full": Precision("bf16_full", torch.bfloat16, torch.bfloat16, torch.bfloat16),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +22,7 @@ class MetricsLog(Hook):
         record: dict[str, Any] = {
             "split": "train",
             "step": progress.step,
-            "epoch": progress.samples / run.train_data.order.samples_per_epoch,
+            **_epoch(run),
             "samples": progress.samples,
             "loss": loss.item(),
         }
@@ -36,3 +37,9 @@ class MetricsLog(Hook):
         run.record = record
         run.trackers.log(record)
         run.folder.heartbeat(step=progress.step)
+
+
+def _epoch(run: Run) -> dict[str, float]:
+    """Epochs seen, where the length of one is known."""
+    length = run.train_data.order.samples_per_epoch
+    return {"epoch": run.progress.samples / length} if math.isfinite(length) else {}

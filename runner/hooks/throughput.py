@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import time
 
+import torch
+
+from runner import distributed
 from runner.train.hook import Hook
 from runner.train.run import Run
 
@@ -23,7 +26,10 @@ class Throughput(Hook):
 
     def _now(self) -> tuple[float, int, int]:
         run = self._run
-        return time.perf_counter() - run.paused_seconds, run.progress.samples, int(run.tokens)
+        tokens = 0
+        if run.counts_tokens:
+            tokens = int(distributed.total(torch.tensor(float(run.tokens), dtype=torch.float64)).item())
+        return time.perf_counter() - run.paused_seconds, run.progress.samples, tokens
 
     def _measure(self) -> float:
         (before, samples_before, tokens_before), self._last = self._last, self._now()

@@ -59,12 +59,21 @@ class Composition:
     #: Keys that are null because an interpolation could not be resolved.
     failed: set[str] = field(default_factory=set)
 
-    def check(self) -> list[Problem]:
-        """All problems: those of composing, and those of the schema. Derived batch keys are filled in."""
+    def check(self, world: int = 1) -> list[Problem]:
+        """All problems: those of composing, and those of the schema. Derived batch keys are filled in.
+
+        `world` is the number of processes that train.
+        """
         broken = {p.key for p in self.problems if p.key} | self.failed
         partial = any(p.key in (None, RECIPE, "defaults") for p in self.problems)
         found = validate(
-            self.config, self.origins, options=self.options, directory=self.directory, partial=partial, skip=broken
+            self.config,
+            self.origins,
+            options=self.options,
+            directory=self.directory,
+            partial=partial,
+            skip=broken,
+            world=world,
         )
         return [*self.problems, *(p.at(nearest(self.origins, p.key)) for p in found)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -40,7 +40,9 @@ class Train:
 @dataclass
 class Batch:
     global_size: int | None = key(None, "samples per optimizer step over the whole job", least=1)
-    micro_size: int | None = key(None, "samples per forward pass per process; derived when not given", least=1)
+    micro_size: int | Literal["auto"] | None = key(
+        None, "samples per forward pass per process; derived when not given; auto: the most that memory takes", least=1
+    )
 
 
 @dataclass
@@ -65,8 +67,11 @@ class Log:
 class Data:
     train: Any = key(None, "the training data set: what to build")
     eval: Any = key(None, "the held-out data set: what to build; null for none")
-    collate: Any = key(None, "makes a batch of a list of samples: what to build; default: torch's own")
+    collate: Any = key(
+        None, "makes a batch of a list of samples: what to build; default: torch's own, and dataclasses and None"
+    )
     num_workers: int = key(0, "processes that load data ahead; 0 loads in the training process", least=0, most=1024)
+    reader: Literal["all", "main"] = key("all", "main: only the first process reads, and sends the others their part")
     drop_last: bool = key(False, "leave out the last step of an epoch where it is short")
     group_by_length: bool = key(False, "batch samples of similar length, inside a window of the global order")
 
@@ -87,17 +92,71 @@ class Precision:
     compute_dtype: Literal["float32", "bfloat16", "float16"] = key("float32", "type of the arithmetic under autocast")
     reduce_dtype: Literal["float32", "bfloat16"] = key("float32", "type in which gradients are summed")
     tf32: bool = key(False, "TF32 in float32 matrix products")
+    float8: bool = key(False, "float8 matrix products in linear layers (torchao)")
+    emulate: bool = key(False, "float8 by emulation, on devices without it: slow, for tests")
     loss_scaling: LossScaling | None = key(None, "dynamic loss scaling, or null for none")
 
 
 @dataclass
 class Backend:
-    name: Literal["auto", "single"] = key("auto", "auto: single for one process")
+    name: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = key("auto", "auto: single for one process, else ddp")
+
+
+@dataclass
+class DDP(Backend):
+    bucket_mb: float = key(25.0, "MiB of gradients that travel together", above=0)
+    gradient_as_bucket_view: bool = key(True, "gradients are views into the buckets: no copy of them")
+    static_graph: bool = key(False, "every step uses the same parameters in the same order")
+    find_unused_parameters: bool = key(False, "look after each forward pass for parameters without a gradient")
+    comm_hook: Literal["bf16", "fp16", "powersgd"] | None = key(None, "how gradients travel; null: as they are")
+    powersgd_rank: int = key(1, "rank of the approximation by comm_hook=powersgd", least=1)
+
+
+@dataclass
+class FSDP(Backend):
+    blocks: list[str] | None = key(None, "classes of modules to shard as units; null: the model's repeated blocks")
+    min_parameters: int | None = key(None, "shard modules of at least so many parameters as units", least=1)
+    reshard_after_forward: bool = key(True, "free a unit's weights between forward and backward")
+    cpu_offload: bool = key(False, "keep weights, gradients and optimizer state in the CPU's memory")
+    replicas: int = key(1, "groups of processes that shard a model each (hybrid sharding)", least=1)
+
+
+@dataclass
+class DeepSpeed(Backend):
+    stage: int = key(2, "what ZeRO shards: 0 nothing, 1 optimizer, 2 gradients too, 3 weights too", least=0, most=3)
+    offload_optimizer: bool = key(False, "optimizer state and step on the CPU")
+    offload_parameters: bool = key(False, "weights in the CPU's memory (stage 3)")
+    config_file: str | None = key(None, "a DeepSpeed JSON of your own, merged with the recipe")
+
+
+#: Sections whose keys depend on their `name`.
+_VARIANTS: dict[type, dict[str, type]] = {Backend: {"ddp": DDP, "fsdp": FSDP, "deepspeed": DeepSpeed}}
+
+
+def variant(section: type, values: Any) -> type:
+    """The section with the keys that its `name` brings."""
+    name = values.get("name") if isinstance(values, Mapping) else None
+    return _VARIANTS.get(section, {}).get(name, section) if isinstance(name, str) else section
+
+
+def variants(section: type) -> Iterable[type]:
+    """The sections that a section becomes by its `name`."""
+    return _VARIANTS.get(section, {}).values()
+
+
+def elsewhere(section: type, key: str) -> list[str]:
+    """The names under which a section would have a key."""
+    return [name for name, kind in _VARIANTS.get(section, {}).items() if key in keys_of(kind)]
 
 
 @dataclass
 class Launch:
-    nproc_per_node: int = key(1, "processes on this node", least=1)
+    nproc_per_node: int | None = key(None, "processes on each node; null: the number of GPUs, or 1", least=1)
+    nnodes: int = key(1, "computers that train together", least=1)
+    node_rank: int | None = key(None, "this computer's number; 0 is the one that rdzv_endpoint names", least=0)
+    rdzv_endpoint: str | None = key(None, "HOST:PORT where the computers meet")
+    rdzv_id: str | None = key(None, "a name of the job, the same on all computers")
+    timeout: float = key(1800.0, "seconds that a process waits for another one", above=0)
     threads: int | None = key(None, "threads per process; default: cores / processes", least=1, most=1024)
 
 
@@ -140,6 +199,11 @@ class Config:
     precision: Precision = group(Precision, "number formats")
     backend: Backend = group(Backend, "how processes train together")
     launch: Launch = group(Launch, "processes and threads")
+    activation_checkpointing: Literal["none", "full", "selective"] = key(
+        "none", "recompute in the backward pass: full: each block; selective: all but matrix products"
+    )
+    compile: bool | dict[str, Any] = key(False, "torch.compile: true, or its options and scope: model or block")
+    debug: bool = key(False, "print the engine's decisions, and check that all processes call the same collectives")
     grad_clip: float | None = key(None, "maximum global gradient norm, or null", above=0)
     checkpoint: Checkpoint | None = key(Checkpoint, "when to save and what to keep; checkpoint=none saves nothing")
     resume: str = key("auto", "auto: go on where this run directory stopped; never; or a checkpoint's or run's path")
@@ -209,7 +273,7 @@ def _same(value: Any) -> Any:
 def complete(values: dict[str, Any], section: type = Config) -> dict[str, Any]:
     """The values of a section with the defaults of keys that are missing, in the schema's order; others at the end."""
     full: dict[str, Any] = {}
-    for key in keys_of(section).values():
+    for key in keys_of(variant(section, values)).values():
         value = values.get(key.name, key.default)
         if key.section is not None and isinstance(value, dict):
             value = complete(value, key.section)

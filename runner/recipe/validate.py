@@ -13,12 +13,13 @@ from typing import Any
 
 from runner.build import WORDS
 from runner.errors import Mark, Problem
-from runner.recipe.schema import Config, Data, Key, Specs, keys_of
+from runner.recipe.schema import Config, Data, Key, Specs, elsewhere, keys_of, variant, variants
 from runner.recipe.tree import EXCLUSIVE, Keys, dotted
 
 _LARGEST = 2**63 - 1
 _ENOUGH = 100  # problems; more get no advice, which takes time
 _DOTTED_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
+_EQUATION = "global_size = micro_size x accumulation.steps x processes"
 _CONVERT = ("none", "partial", "object", "all")
 _REQUIRED = {
     "model": "what is trained",
@@ -36,8 +37,11 @@ def validate(
     directory: Path | None = None,
     partial: bool = False,
     skip: Collection[str] = (),
+    world: int = 1,
 ) -> list[Problem]:
     """Everything that is wrong with a configuration; `batch.micro_size` and `accumulation.steps` are filled in.
+
+    `world` is the number of processes that train.
 
     `options` are the groups' options, for advice. With `partial`, what is missing is not complained about.
     Keys in `skip` have been complained about already.
@@ -48,8 +52,7 @@ def validate(
     checker.exclusive()
     if not partial:
         checker.required()
-    checker.single_process()
-    checker.batch()
+    checker.batch(world)
     return checker.problems
 
 
@@ -79,6 +82,8 @@ def every_key(section: type = Config, above: str = "") -> Iterator[tuple[str, Ke
         yield f"{above}{key.name}", key
         if key.section is not None:
             yield from every_key(key.section, f"{above}{key.name}.")
+            for kind in variants(key.section):
+                yield from every_key(kind, f"{above}{key.name}.")
 
 
 def plain(value: Any) -> str:
@@ -119,11 +124,14 @@ class _Checker:
     # Keys and types
 
     def section(self, values: dict[str, Any], section: type, at: Keys) -> None:
-        keys = keys_of(section)
+        keys = keys_of(variant(section, values))
         free = section is Data and "_target_" in values
         for name, value in values.items():
             if name in keys:
                 self.value(value, keys[name], (*at, name), free)
+            elif names := elsewhere(section, name):
+                why = f"is an option of {dotted(at)}={' and '.join(names)}, and {dotted(at)} is {values.get('name')}"
+                self.add((*at, name), why, f"choose that, or leave {name} out", value)
             elif not free:
                 self.unknown(name, value, keys, at)
 
@@ -177,11 +185,13 @@ class _Checker:
             self.spec(value, keys, key.name)
         elif key.kinds == (Specs,):
             self.specs(value, keys)
-        elif key.kinds == (list[str],):
+        elif list[str] in key.kinds:
             if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
                 self.add(keys, "must be a list of texts", f"write {dotted(keys)}=[a,b]", value)
         elif key.kinds == (Any,):
             self.spec(value, keys, key.name)
+        elif isinstance(value, dict) and dict[str, Any] in key.kinds:
+            pass  # options of somebody else's, checked where they are used
         elif not matches(value, key):
             self.add(keys, f"must be {describe(key)}", advice(value, key, keys), value)
         elif keys == ("name",) and not re.fullmatch(r"[\w][\w .+=-]{0,99}", value):
@@ -346,45 +356,57 @@ class _Checker:
             return "default"
         return "command line" if mark.line is None else f"line {mark.line}"
 
-    def single_process(self) -> None:
-        launch = self.config.get("launch")
-        count = launch.get("nproc_per_node") if isinstance(launch, dict) else None
-        if type(count) is int and count > 1:
-            self.add("launch.nproc_per_node", "this version trains in one process", "leave it out, or 1", count)
-
-    def batch(self) -> None:
+    def batch(self, world: int) -> None:
         """global_size = micro_size x accumulation.steps x processes; what is not given is derived."""
         batch, accumulation = self.config.get("batch"), self.config.get("accumulation")
         if not isinstance(batch, dict) or not isinstance(accumulation, dict):
             return
         size, micro, steps = batch.get("global_size"), batch.get("micro_size"), accumulation.get("steps")
+        searched = micro == "auto"
+        micro = None if searched else micro
         if any(v is not None and (type(v) is not int or v < 1) for v in (size, micro, steps)) or size is None:
             return
-        if micro is not None and steps is not None:
-            if micro * steps != size:
-                self._contradiction(size, micro, steps)
-            return
-        key, given = ("batch.micro_size", micro) if micro is not None else ("accumulation.steps", steps or 1)
-        if size % given:
-            equation = f"{size} = {micro or '?'} x {steps or '?'} x 1"
-            values = " or ".join(f"{key}={value}" for value in _divisors_near(size, given))
-            self.add(key, f"global_size = micro_size x accumulation.steps x processes: {equation} has no whole "
-                     f"solution", f"these would work: {values}", given)  # fmt: skip
-            return
-        batch["micro_size"], accumulation["steps"] = micro or size // given, size // (micro or size // given)
+        if searched and steps is not None:
+            fix = "leave accumulation.steps out: it follows"
+            self.add("accumulation.steps", "is given, and batch.micro_size=auto decides it", fix, steps)
+        elif micro is not None and steps is not None:
+            if micro * steps * world != size:
+                self._contradiction(size, micro, steps, world)
+        elif size % world:
+            near = " or ".join(
+                f"batch.global_size={value}" for value in (size - size % world, size + -size % world) if value
+            )
+            equation = f"{size} = {micro or '?'} x {steps or '?'} x {world}"
+            self.add(
+                "batch.global_size", f"{_EQUATION}: {equation} has no whole solution", f"these would work: {near}", size
+            )
+        elif not searched:
+            self._derive(batch, accumulation, world)
 
-    def _contradiction(self, size: int, micro: int, steps: int) -> None:
+    def _derive(self, batch: dict[str, Any], accumulation: dict[str, Any], world: int) -> None:
+        size, micro, steps = batch["global_size"], batch.get("micro_size"), accumulation.get("steps")
+        each = size // world
+        key, given = ("batch.micro_size", micro) if micro is not None else ("accumulation.steps", steps or 1)
+        if each % given:
+            equation = f"{size} = {micro or '?'} x {steps or '?'} x {world}"
+            values = " or ".join(f"{key}={value}" for value in _divisors_near(each, given))
+            self.add(key, f"{_EQUATION}: {equation} has no whole solution", f"these would work: {values}", given)
+            return
+        batch["micro_size"], accumulation["steps"] = micro or each // given, each // (micro or each // given)
+
+    def _contradiction(self, size: int, micro: int, steps: int, world: int) -> None:
         works = []
-        if size % micro == 0:
-            works.append(f"accumulation.steps={size // micro}")
-        if size % steps == 0:
-            works.append(f"batch.micro_size={size // steps}")
-        works.append(f"batch.global_size={micro * steps}")
-        if len(works) < 2:
-            works += [f"accumulation.steps={s} with batch.micro_size={size // s}" for s in _divisors_near(size, steps)]
-        why = f"global_size = micro_size x accumulation.steps x processes, but {size} is not {micro} x {steps} x 1 = "
+        if size % (micro * world) == 0:
+            works.append(f"accumulation.steps={size // (micro * world)}")
+        if size % (steps * world) == 0:
+            works.append(f"batch.micro_size={size // (steps * world)}")
+        works.append(f"batch.global_size={micro * steps * world}")
+        if len(works) < 2 and size % world == 0:
+            each = size // world
+            works += [f"accumulation.steps={s} with batch.micro_size={each // s}" for s in _divisors_near(each, steps)]
+        why = f"{_EQUATION}, but {size} is not {micro} x {steps} x {world} = {micro * steps * world}"
         mark = self.last("batch.global_size", "batch.micro_size", "accumulation.steps")
-        self.add("batch", f"{why}{micro * steps}", f"these would work: {' or '.join(works[:2])}", mark=mark)
+        self.add("batch", why, f"these would work: {' or '.join(works[:2])}", mark=mark)
 
 
 def _divisors_near(number: int, wanted: int) -> list[int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from runner.errors import InputError, Problem
-from runner.train.task import Metric, Task
+from runner.train.task import Metric, Task, checked_meters
 
 
 class Classification(Task):
@@ -19,12 +19,12 @@ class Classification(Task):
     Args:
         num_classes: labels of a data set that shows them (`labels`, or the last of a TensorDataset's tensors)
             are checked against it before a model exists; and in any case against the model's first logits.
-        meters: name -> object with update(predictions, targets), compute() and reset().
+        meters: name -> meter, of runner.metrics or torchmetrics; reported by every evaluation beside the accuracy.
     """
 
     def __init__(self, num_classes: int | None = None, meters: Mapping[str, Any] | None = None) -> None:
         self.num_classes = num_classes
-        self.meters = dict(meters or {})
+        self.meters = checked_meters(meters)
         #: Largest label of each data set, until it is compared with the model's classes.
         self._largest: dict[str, int] = {}
 
@@ -64,6 +64,9 @@ class Classification(Task):
 
     def predictions(self, outputs: Any, batch: Any) -> tuple[Tensor, Tensor]:
         return self.logits(outputs).argmax(-1), self.labels(batch)
+
+    def scores(self, outputs: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        return self.logits(outputs), self.labels(batch)
 
     def check(self, dataset: Any, key: str) -> list[Problem]:
         labels = getattr(dataset, "labels", None)

@@ -8,17 +8,20 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from runner.train.task import Metric, Task
+from runner.train.task import Metric, Task, checked_meters
 
 
 class Regression(Task):
     """Batches (inputs, targets); outputs and targets have the same number of values a sample.
 
     The loss is the mean over samples of the squared error summed over a sample's values.
+
+    Args:
+        meters: name -> meter, of runner.metrics or torchmetrics; reported by every evaluation.
     """
 
     def __init__(self, meters: Mapping[str, Any] | None = None) -> None:
-        self.meters = dict(meters or {})
+        self.meters = checked_meters(meters)
 
     def loss(self, outputs: Any, batch: Any) -> Tensor:
         return mse_loss(outputs, _shaped(batch[1], outputs), reduction="sum")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
 from runner.train.evaluate import evaluate
+from runner.train.feed import Feed
 from runner.train.run import Run
 from runner.train.step import forward_backward, settle, update
 
@@ -32,7 +34,7 @@ def train(run: Run) -> None:
     events, plan, progress, settings = run.events, run.plan, run.progress, run.settings
     seed, every = settings.seed, settings.log_every
     run.first_step = first = saved = progress.step
-    last_save = time.monotonic()
+    run.last_save = time.monotonic()
     try:
         _fire(run, "on_run_start")
         # Looked up only now: a hook may have added itself to a row at the start.
@@ -42,24 +44,28 @@ def train(run: Run) -> None:
             events["on_step_end"],
         )
         run.engine.model.train()
-        # The step's seed comes before its data are fetched: a data set may draw from the generator too.
-        run.engine.seed(seed, progress.step)
         progress.start_clock()
         if progress.owes_evaluation:
             evaluate_now(run)
-        for batches in run.train_data.steps(progress.step, plan.steps):
+        if run.fits:
+            from runner.train.fit import fit_micro_size
+
+            run.fit = fit_micro_size(run)
+        feed = Feed(run)
+        for batches in feed:
             step = progress.step
+            run.engine.seed(seed, step)
             if plan.starts_epoch(step) or step == first:
                 _fire(run, "on_epoch_start", plan.epoch(step))
             run.logging = (step + 1) % every == 0 or step + 1 == plan.steps
             for call in step_start:
                 call(run)
-            loss = forward_backward(run, batches)
+            share = forward_backward(run, batches, feed.weight)
             if gradients_ready:
                 run.engine.unscale()
                 for call in gradients_ready:
                     call(run)
-            update(run, loss)
+            update(run, share, feed)
             progress.step = step + 1
             progress.samples = run.train_data.order.samples(step + 1)
             for call in step_end:
@@ -69,14 +75,13 @@ def train(run: Run) -> None:
             if run.evaluation_asked:
                 evaluate_now(run)
             # The checkpoint of the last step comes after the last evaluation, and has its metrics.
-            if run.stop_reason or run.signal or step + 1 == plan.steps:
+            if run.stop_reason or run.ending or step + 1 == plan.steps:
                 break
-            if run.saving_asked or _save_due(run, last_save):
+            if run.saving_asked or run.progress.step % (run.save_every.steps or math.inf) == 0:
                 save_now(run)
-                saved, last_save = step + 1, time.monotonic()
-                if run.stop_reason or run.signal:
+                saved = step + 1
+                if run.stop_reason or run.ending:
                     break
-            run.engine.seed(seed, step + 1)
         settle(run)
         _finish(run, saved)
     except BaseException as error:
@@ -88,7 +93,7 @@ def train(run: Run) -> None:
 def _finish(run: Run, saved: int) -> None:
     """The last evaluation and checkpoint, where the last step had none; a signal leaves no time to evaluate."""
     step = run.progress.step
-    if not run.evaluated and run.signal is None:
+    if not run.evaluated and run.ending is None:
         evaluate_now(run)
     if saved != step or run.saving_asked:
         save_now(run)
@@ -135,15 +140,9 @@ def save_now(run: Run) -> None:
         metrics={k: v for k, v in run.metrics.items() if k not in ("split", "step", "samples")} if fresh else None,
     )
     run.paused_seconds += time.perf_counter() - started
+    run.last_save = time.monotonic()
     run.folder.state("running", step=run.progress.step)
     _fire(run, "on_checkpoint_saved", path)
-
-
-def _save_due(run: Run, last: float) -> bool:
-    due = run.save_every
-    if due.steps is not None and run.progress.step % due.steps == 0:
-        return True
-    return due.seconds is not None and time.monotonic() - last >= due.seconds
 
 
 def _fire(run: Run, event: str, *about: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -10,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from runner.checkpoint import Checkpointer
-from runner.data.loader import Loader
+from runner.data.reading import AnyLoader
 from runner.engine.backend import Update
 from runner.engine.engine import Engine
 from runner.folder import RunFolder
@@ -32,6 +34,15 @@ class Settings:
     nan: str = "stop"
 
 
+@dataclass(frozen=True)
+class Built:
+    """The model as it was built, before a backend wrapped or sharded it: class, parameters, those that are trained."""
+
+    kind: str = "Module"
+    parameters: int = 0
+    trained: int = 0
+
+
 @dataclass
 class SaveEvery:
     """When a checkpoint is due; the last one is always saved."""
@@ -50,8 +61,8 @@ class Run:
     engine: Engine
     task: Task
     schedule: Schedule
-    train_data: Loader
-    eval_data: Loader | None
+    train_data: AnyLoader
+    eval_data: AnyLoader | None
     plan: Plan
     progress: Progress
     settings: Settings
@@ -60,7 +71,11 @@ class Run:
     trackers: Any
     checkpointer: Checkpointer | None
     save_every: SaveEvery = field(default_factory=SaveEvery)
+    model: Built = Built()  # frozen
 
+    #: Whether the largest micro-batch is to be found before the first step, and what was found.
+    fits: bool = False
+    fit: Any = None
     #: Mean loss of the last finished step: 0-d, on the device. Reading it as a number waits for the device.
     loss: Tensor | None = None
     #: Global gradient norm of the last finished step before clipping (0-d), or None where it was not computed.
@@ -92,8 +107,12 @@ class Run:
     terminal: str | None = None
 
     stop_reason: str | None = None
-    #: The signal that asked for the end, or None.
+    #: The signal that asked this process for the end, or None.
     signal: int | None = None
+    #: The signal that all processes know of, where there are several.
+    agreed_signal: int | None = None
+    #: When the last checkpoint was saved, by time.monotonic().
+    last_save: float = field(default_factory=time.monotonic)
     evaluation_asked: bool = False
     saving_asked: bool = False
     #: The step (from 0) at which this process began.
@@ -111,7 +130,27 @@ class Run:
     def complete(self) -> bool:
         """Whether nothing is left to do, also where a signal came so late."""
         ended = self.progress.step >= self.plan.steps or self.stop_reason is not None
-        return self.signal is None or (ended and self.evaluated)
+        return self.ending is None or (ended and self.evaluated)
+
+    @property
+    def ending(self) -> int | None:
+        """The signal that ends the training: with several processes, once all of them know."""
+        return self.signal if self.engine.mesh.data_size == 1 else self.agreed_signal
+
+    @property
+    def asked(self) -> tuple[bool, bool]:
+        """Whether this process was asked to end: (by SIGTERM or SIGUSR1, by SIGINT)."""
+        return self.signal in (signal.SIGTERM, signal.SIGUSR1), self.signal == signal.SIGINT
+
+    def agree(self, terminated: float, interrupted: float, save: float) -> None:
+        """Takes what an exchange of all processes said: who was asked to end, and whether to save."""
+        if terminated or interrupted:
+            self.agreed_signal = signal.SIGINT if interrupted else signal.SIGTERM
+        if save:
+            self.save_soon()
+
+    # Loss, metrics and progress are the same on all processes, so what follows from them alone is asked for by all of
+    # them at the same step. What only one process knows must not reach these three.
 
     def stop(self, why: str) -> None:
         """Ends the training after this step, with an evaluation and a checkpoint."""

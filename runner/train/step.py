@@ -2,50 +2,61 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from runner.engine.backend import Update
 from runner.errors import TrainingStopped, wrong
+from runner.train.feed import Feed
 from runner.train.run import Run
 
 
-def forward_backward(run: Run, batches: list[Any]) -> Tensor:
-    """Adds up the gradients of a step's micro-batches and returns the step's mean loss (0-d, on the device).
+def forward_backward(run: Run, step: Any, weight: Any) -> Tensor:
+    """Adds up the gradients of a step's micro-batches and returns this process's share of the mean loss (0-d).
 
-    The denominator is known before the first backward: the weights of all micro-batches of all data readers. Each
-    micro-batch's summed loss is divided by it, so any split gives the gradient of the whole.
+    `weight` is the denominator: that of all micro-batches of all processes. Each micro-batch's summed loss is divided
+    by it, so any split gives the gradient of the whole. Micro-batches that only fill the step up count nothing.
     """
     engine, task = run.engine, run.task
-    weight = task.weight(batches[0]) if len(batches) == 1 else sum(task.weight(batch) for batch in batches)
     factor = engine.factor(weight)
-    last = len(batches) - 1
+    last = len(step.batches) - 1
     total: Tensor | None = None
-    for i, batch in enumerate(batches):
-        if run.counts_tokens:
+    for i, batch in enumerate(step.batches):
+        counts = i < step.real
+        if run.counts_tokens and counts:
             run.tokens += task.tokens(batch) or 0
         with engine.accumulate(i == last):
             loss = task.loss(engine.forward(task.inputs(batch)), batch)
             if run.loss is None:
                 check_loss(loss, task)
-            share = engine.backward(loss, factor)
-        total = share if total is None else total + share
-    assert total is not None
-    return total if engine.mesh.data_size == 1 else total / engine.mesh.data_size
+            share = engine.backward(loss, factor if counts else torch.zeros_like(factor))
+        if counts:
+            total = share if total is None else total + share
+    return torch.zeros((), device=engine.device) if total is None else total
 
 
-def update(run: Run, loss: Tensor) -> None:
+def update(run: Run, share: Tensor, feed: Feed) -> None:
     """Steps the optimizer; `settle` says what became of it. Sets the run's loss, grad_norm and lr of this step."""
     settle(run)
     settings, engine = run.settings, run.engine
+    known = engine.exchange(share, feed.ahead(), (*run.asked, save_due(run)), guard=settings.nan != "ignore")
+    feed.weight = known.weight
+    run.agree(*known.flags)
     run.lr = engine.optimizer.param_groups[0]["lr"]
-    measure = run.logging and run.measures_norm
-    result = engine.step(settings.grad_clip, guard=settings.nan != "ignore", loss=loss, measure=measure)
-    run.loss, run.grad_norm = loss, result.grad_norm
+    result = engine.step(settings.grad_clip, skip=known.skip, measure=run.logging and run.measures_norm)
+    run.loss, run.grad_norm = known.loss, result.grad_norm
     run.unsettled, run.unsettled_step = result, run.progress.step + 1
     if run.logging or not isinstance(result.skipped, Tensor):
         settle(run)
+
+
+def save_due(run: Run) -> bool:
+    """Whether the seconds between two checkpoints have passed, by the first process's clock."""
+    seconds = run.save_every.seconds
+    return seconds is not None and run.engine.mesh.data_rank == 0 and time.monotonic() - run.last_save >= seconds
 
 
 def settle(run: Run) -> None:

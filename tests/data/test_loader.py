@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
-from runner.data.loader import Loader, to_device
+from runner.data.loader import Loader, StepBatches, to_device
 from runner.data.order import Order
 from runner.data.synthetic import random_classification, separable_classification
 
@@ -45,8 +45,8 @@ def loader(length: int, size: int, micro: int, **how: Any) -> Loader:
     return Loader(Numbers(length), Order(length, size, 1), micro, **how)
 
 
-def taken(found: list[Tensor]) -> list[list[int]]:
-    return [batch.tolist() for batch in found]
+def taken(found: StepBatches) -> list[list[int]]:
+    return [batch.tolist() for batch in found.batches[: found.real]]
 
 
 @pytest.mark.parametrize("readers", [1, 2, 3])
@@ -89,8 +89,9 @@ def test_torchs_generator_is_left_alone(workers: int) -> None:
 def test_a_tensor_data_set_gives_what_the_default_collate_gives() -> None:
     data = TensorDataset(torch.randn(20, 3), torch.arange(20), torch.rand(20) > 0.5)
     order = Order(20, 8, 1)
-    (found,), samples = next(Loader(data, order, 8).steps(1, 2)), [data[i] for i in order.indices(1).tolist()]
+    ((found,), real), samples = next(Loader(data, order, 8).steps(1, 2)), [data[i] for i in order.indices(1).tolist()]
     expected = default_collate(samples)
+    assert real == 1
     assert type(found) is type(expected)
     for got, wanted in zip(found, expected, strict=True):
         assert got.dtype == wanted.dtype
@@ -102,7 +103,7 @@ def test_a_tensor_data_sets_heir_is_asked_sample_by_sample() -> None:
         def __getitem__(self, index: int) -> tuple[Tensor, ...]:
             return tuple(2 * tensor for tensor in super().__getitem__(index))
 
-    (batch,) = next(Loader(Doubled(torch.arange(4)), Order(4, 4, 1), 4).steps(0, 1))
+    (batch,), _ = next(Loader(Doubled(torch.arange(4)), Order(4, 4, 1), 4).steps(0, 1))
     assert sorted(batch[0].tolist()) == [0, 2, 4, 6]
 
 
@@ -119,7 +120,7 @@ def test_a_collate_of_ones_own(workers: int) -> None:
         return {"sum": sum(samples), "samples": samples}
 
     made = Loader(Numbers(8), Order(8, 4, 1), 4, collate=collate, num_workers=workers)
-    batches = [batch for step in made.steps(0, 2) for batch in step]
+    batches = [batch for step in made.steps(0, 2) for batch in step.batches]
     assert sum(batch["sum"] for batch in batches) == 28
     assert all(batch["sum"] == sum(batch["samples"]) for batch in batches)
 
@@ -127,7 +128,7 @@ def test_a_collate_of_ones_own(workers: int) -> None:
 def test_tensor_data_sets_of_many_types_go_through_workers() -> None:
     data = TensorDataset(torch.arange(12), torch.randn(12, 2))
     plain, ahead = (
-        [batch for step in Loader(data, Order(12, 4, 1), 2, num_workers=workers).steps(0, 3) for batch in step]
+        [batch for step in Loader(data, Order(12, 4, 1), 2, num_workers=workers).steps(0, 3) for batch in step.batches]
         for workers in (0, 1)
     )
     for one, other in zip(plain, ahead, strict=True):
@@ -201,7 +202,7 @@ def test_batches_of_any_shape_go_to_the_device_and_keep_their_type() -> None:
 def test_batches_on_the_cpu_are_passed_as_they_are() -> None:
     record = Record(torch.zeros(1))
     made = Loader(Numbers(2), Order(2, 2, 1), 2, collate=lambda samples: record)
-    assert next(made.steps(0, 1))[0] is record
+    assert next(made.steps(0, 1)).batches[0] is record
 
 
 def test_synthetic_data_follow_their_seed() -> None:

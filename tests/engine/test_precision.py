@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
-from small import CPU, engine
+from small import CPU, engine, step
 from torch import Tensor, nn
 
 from runner.engine.precision import PRECISIONS
@@ -133,7 +133,7 @@ def test_weights_are_in_the_type_that_the_precision_says(precision: str, weights
     made = engine(lambda: nn.Linear(4, 3), lambda m: torch.optim.AdamW(m.parameters(), fused=True), precision)
     assert {parameter.dtype for parameter in made.model.parameters()} == {weights}
     made.backward(made.forward(torch.ones(2, 4)).sum(), made.factor(20))
-    assert made.step(1.0).skipped is False
+    assert step(made, 1.0).skipped is False
     assert {parameter.dtype for parameter in made.model.parameters()} == {weights}
     assert all(parameter.isfinite().all() for parameter in made.model.parameters())
 
@@ -157,7 +157,7 @@ def test_mixed_precision_is_close_to_float32(precision: str) -> None:
             loss = cross_entropy(made.forward(x), y, reduction="sum")
             losses[name].append(loss.item() / 8)
             made.backward(loss, made.factor(8))
-            made.step()
+            step(made)
     assert losses[precision] == pytest.approx(losses["fp32"], rel=2e-2)
     assert losses[precision] != losses["fp32"]
 

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from small import CPU, engine
+from small import step as finish
 from torch import nn
 
 from runner.engine.engine import Engine
@@ -24,7 +25,7 @@ def fp16(**options: float) -> Engine:
 def step(made: Engine, value: float, max_norm: float | None = None) -> tuple[bool, bool]:
     """A step whose loss is `value` times what the model gives."""
     made.backward(made.forward(torch.ones(1, 2)).sum() * value, made.factor(1))
-    update = made.step(max_norm)
+    update = finish(made, max_norm)
     assert isinstance(update.skipped, bool)
     return update.skipped, update.overflow
 
@@ -72,7 +73,7 @@ def test_the_gradient_is_the_true_one_whatever_the_scale() -> None:
     for scale in (1.0, 1024.0):
         made = fp16(init_scale=scale)
         made.backward(made.forward(torch.ones(1, 2)).sum() * 3.0, made.factor(2))
-        norms.append(made.step(0.1).grad_norm)
+        norms.append(finish(made, 0.1).grad_norm)
     assert norms[0] is not None
     assert norms[0].item() == pytest.approx(1.5 * 3**0.5, rel=1e-3)
     assert norms[0] == norms[1]

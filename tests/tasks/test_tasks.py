@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
+from runner.errors import InputError
+from runner.metrics import MeanSquaredError
 from runner.tasks.classification import Classification
 from runner.tasks.regression import Regression
 
@@ -92,8 +94,27 @@ def test_targets_without_the_last_dimension_do_not_broadcast() -> None:
 
 
 def test_meters_are_kept_by_name() -> None:
-    meter: Any = object()
+    meter = MeanSquaredError()
     for task in (Classification(meters={"a": meter}), Regression(meters={"a": meter})):
         assert task.meters == {"a": meter}
     assert Regression().meters == {}
     assert isinstance(Classification().loss(torch.zeros(1, 2), [None, torch.tensor([0])]), Tensor)
+
+
+@pytest.mark.parametrize("kind", [Classification, Regression])
+def test_what_is_no_meter_is_told_before_the_training(kind: Any) -> None:
+    with pytest.raises(InputError) as caught:
+        kind(meters={"f1": {"average": "macro"}, "loss": MeanSquaredError(), "good": MeanSquaredError()})
+    first, second = caught.value.problems
+    assert (first.key, first.why) == ("task.meters.f1", "is a dict, which has no reset, compute")
+    assert "_target_" in first.fix
+    assert second.key == "task.meters.loss"
+
+
+def test_scores_are_the_logits() -> None:
+    logits, batch = torch.eye(3), [torch.zeros(3, 1), torch.arange(3)]
+    scores, targets = Classification().scores(SimpleNamespace(logits=logits), batch)
+    assert scores is logits
+    assert targets is batch[1]
+    with pytest.raises(NotImplementedError, match="scores"):
+        Regression().scores(logits, batch)

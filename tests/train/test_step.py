@@ -52,9 +52,10 @@ def token_set(samples: int = 24, length: int = 5) -> torch.utils.data.TensorData
 def test_a_step_in_micro_batches_is_the_step_in_one(tmp_path: Path, micro: int) -> None:
     """Weighted by tokens: gradient and loss are those of the mean over all tokens of the step."""
     run = make_run(tmp_path, train_set=token_set(), task=Tokens(), micro_size=micro, global_size=8, counts_tokens=True)
-    batches = next(run.train_data.steps(0, 1))
-    assert len(batches) == -(-8 // micro)
-    loss = forward_backward(run, batches)
+    made = next(run.train_data.steps(0, 1))
+    batches = made.batches
+    assert len(batches) == made.real == -(-8 // micro)
+    loss = forward_backward(run, made, sum(run.task.weight(batch) for batch in batches))
     found = [parameter.grad.clone() for parameter in run.engine.model.parameters() if parameter.grad is not None]
     assert run.tokens == 40
 
@@ -69,9 +70,10 @@ def test_a_step_in_micro_batches_is_the_step_in_one(tmp_path: Path, micro: int) 
 
 def test_the_short_last_step_is_the_mean_over_its_own_samples(tmp_path: Path) -> None:
     run = make_run(tmp_path, samples=20, global_size=8, micro_size=3)
-    batches = next(run.train_data.steps(2, 3))
+    made = next(run.train_data.steps(2, 3))
+    batches = made.batches
     assert [len(batch[0]) for batch in batches] == [3, 1]
-    loss = forward_backward(run, batches)
+    loss = forward_backward(run, made, 4)
     inputs, labels = (torch.cat([batch[i] for batch in batches]) for i in (0, 1))
     torch.testing.assert_close(loss, cross_entropy(run.engine.model(inputs), labels).detach(), rtol=1e-6, atol=0)
 
@@ -178,7 +180,7 @@ class Device(Hook):
     """Leaves the decision to the device, as on a GPU."""
 
     def on_run_start(self, run: Run) -> None:
-        run.engine.backend._device_decides = True
+        run.engine.backend.handle.device_decides = True
 
 
 def fused(model: nn.Module) -> torch.optim.Optimizer:

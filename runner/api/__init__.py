@@ -1,0 +1,1 @@
+"""The engine for people who keep their own loop, in the words that users of Accelerate know."""

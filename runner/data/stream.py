@@ -1,0 +1,389 @@
+"""Streams: data sets that are iterated and have no index. The same samples make the same step, whoever reads."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from runner import distributed
+from runner.data.collate import Collate, collate
+from runner.data.loader import Sealed, StepBatches, as_it_is, opened, refuse_none, sealed, shares, to_device
+from runner.errors import InputError, RunnerError, wrong
+
+_log = logging.getLogger("runner")
+
+
+def is_stream(dataset: Any) -> bool:
+    """Whether a data set is iterated: it is an IterableDataset, or has no index."""
+    if isinstance(dataset, IterableDataset):
+        return True
+    return hasattr(dataset, "__iter__") and not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"))
+
+
+def length_of(dataset: Any) -> int | None:
+    """How many samples a data set says it has; None where it does not say."""
+    try:
+        return len(dataset)
+    except TypeError:
+        return None
+
+
+class StreamOrder:
+    """How many samples the steps of a stream have. What is not known before the stream ends is learnt then.
+
+    Step s of an epoch owns the elements [s * G, (s + 1) * G) of the stream, G = `global_size`; the step in which the
+    stream ends is short, or left out where `drop_last`. A stream that has no length has no steps per epoch to speak
+    of: `steps_per_epoch` and `samples_per_epoch` are then larger than any number.
+    """
+
+    def __init__(self, global_size: int, length: int | None = None, *, drop_last: bool = False) -> None:
+        self.global_size = global_size
+        self.length = length
+        self.drop_last = drop_last
+        self.steps_per_epoch: int = sys.maxsize
+        self.samples_per_epoch: float = float("inf")
+        if length is not None:
+            self.steps_per_epoch = length // global_size if drop_last else -(-length // global_size)
+            self.samples_per_epoch = min(length, self.steps_per_epoch * global_size)
+        #: For each epoch that has ended: the run's step after its last, and what that lacked to be whole.
+        self.ends: list[tuple[int, int]] = []
+
+    def samples(self, step: int) -> int:
+        """How many samples the first `step` steps of the run have seen; without a length, of steps that were read."""
+        if self.length is not None:
+            epochs, rest = divmod(step, self.steps_per_epoch)
+            known = int(self.samples_per_epoch)
+            return epochs * known + min(rest * self.global_size, known)
+        return step * self.global_size - sum(lacking for end, lacking in self.ends if end <= step)
+
+    def place(self, step: int) -> tuple[int, int]:
+        """(epoch, samples of that epoch which are seen) before step `step`."""
+        if self.length is not None:
+            epochs, rest = divmod(step, self.steps_per_epoch)
+            return epochs, rest * self.global_size
+        ended = [end for end, _ in self.ends if end <= step]
+        return len(ended), (step - (ended[-1] if ended else 0)) * self.global_size
+
+    def learn(self, step: int, told: Told) -> None:
+        """Takes what reading the step has shown: whether an epoch ended before it, or with it."""
+        if told.fresh and not any(end == step for end, _ in self.ends):
+            self.ends.append((step, 0))
+        if 0 < told.samples < self.global_size:
+            self.ends.append((step + 1, self.global_size - told.samples))
+
+
+class Told(NamedTuple):
+    """What reading a step has shown: its samples (0: the stream has ended for good), whether it opens a new epoch of
+    the stream, and the data set's own state after it (None where it has none).
+    """
+
+    samples: int
+    fresh: bool
+    state: Any
+
+
+#: Samples of a micro-batch, with the first one's place in the stream.
+Slice = tuple[int, list[Any]]
+
+
+class _Walk(IterableDataset[Any]):
+    """Reads the whole stream and keeps the slices of one reader; as a data set, for workers.
+
+    Every worker reads the whole stream as well, and makes each its share of the batches in turn.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        order: StreamOrder,
+        step: int,
+        state: Any,
+        make: Collate,
+        sizes: tuple[int, int, int],
+        repeat: bool,
+    ) -> None:
+        self._dataset, self._make, self._repeat = dataset, make, repeat
+        self._micro_size, self._reader, self._readers = sizes
+        self._size, self._length, self._drop_last = order.global_size, order.length, order.drop_last
+        self._epoch, self._seen = order.place(step)
+        self._state = state
+        self._stateful = _has_exact_state(dataset)
+
+    def __iter__(self) -> Iterator[tuple[Told | None, Any]]:
+        """The batches of a worker, the first of each step with what reading the step has shown."""
+        worker = get_worker_info()
+        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        if worker is not None:
+            _hide_worker()
+            _unshare(self._dataset)
+        turn = 0
+        try:
+            for told, slices in self.walk():
+                for place, samples in enumerate(slices or [None]):
+                    if turn % workers == number:
+                        yield (told if place == 0 else None), sealed(self._batch, *samples) if samples else None
+                    turn += 1
+        except InputError as error:
+            # All workers meet it; the one whose turn it is tells.
+            if turn % workers == number:
+                yield Told(0, False, None), Sealed(error)
+
+    def walk(self) -> Iterator[tuple[Told, list[Slice]]]:
+        """Step by step what reading it has shown, and this reader's samples: its own slices, then padding."""
+        samples, fresh = self._open(), False
+        while True:
+            count, slices = self._take(samples)
+            self._check_length(ended=count < self._size)
+            if 0 < count < self._size and self._drop_last:
+                count = 0
+            if count:
+                yield Told(count, fresh, self._own_state()), slices
+                fresh = False
+            if count == self._size:
+                continue
+            if not self._repeat:
+                yield Told(0, True, None), []
+                return
+            if self._seen < (self._size if self._drop_last else 1):
+                raise self._empty()
+            self._epoch, self._seen, self._state, fresh = self._epoch + 1, 0, None, True
+            samples = self._open()
+
+    def _batch(self, start: int, samples: list[Any]) -> Any:
+        try:
+            return self._make(samples)
+        except Exception as error:
+            refuse_none(samples, range(start, start + len(samples)), error)
+            raise
+
+    def _open(self) -> Iterator[Any]:
+        """The stream from where this epoch stands."""
+        if hasattr(self._dataset, "set_epoch"):
+            self._dataset.set_epoch(self._epoch)
+        skip = self._seen
+        if skip and self._stateful and self._state is not None:
+            self._dataset.load_state_dict(self._state)
+            skip = 0
+        samples = iter(self._dataset)
+        for _ in islice(samples, skip):
+            pass
+        return samples
+
+    def _take(self, samples: Iterator[Any]) -> tuple[int, list[Slice]]:
+        """Reads a step; gives its size, and the slices of this reader with padding where it has one less."""
+        first: list[Any] = []
+        own: list[Slice] = []
+        count = 0
+        for sample in islice(samples, self._size):
+            number = count // self._micro_size
+            if number % self._readers == self._reader:
+                if count % self._micro_size == 0:
+                    own.append((self._seen + count, []))
+                own[-1][1].append(sample)
+            if number == 0:
+                first.append(sample)
+            count += 1
+        start, self._seen = self._seen, self._seen + count
+        each, real = shares(count, self._micro_size, self._reader, self._readers)
+        return count, own if real == each else [*own, (start, first)]
+
+    def _own_state(self) -> Any:
+        return self._dataset.state_dict() if self._stateful else None
+
+    def _check_length(self, ended: bool) -> None:
+        length = self._length
+        if length is None or self._seen == length or (self._seen < length and not ended):
+            return
+        what = f"goes on after {length} samples" if self._seen > length else f"ended after {self._seen} samples"
+        raise wrong("data", f"the stream {what}, and its length says {length}", "mend __len__, or leave it out")
+
+    def _empty(self) -> InputError:
+        if self._seen:
+            why = f"leaves nothing: the stream ended after {self._seen} samples, batch.global_size is {self._size}"
+            return wrong("data.drop_last", why, "set it to false, or batch.global_size lower", value=True)
+        again = f" the {self._epoch + 1}. time it was read" if self._epoch else ""
+        return wrong(
+            "data",
+            f"the stream gave no sample{again}",
+            "check what it reads; an iterator that ends for good must be made anew by __iter__" if again else "",
+        )
+
+
+def _hide_worker() -> None:
+    """Lets a data set that shares itself out among workers give all of it: here each of them reads the whole."""
+    from torch.utils.data._utils import worker
+
+    worker._worker_info = None
+    assert get_worker_info() is None
+
+
+def _unshare(dataset: Any) -> None:
+    """Gives a worker numbers of its own: Hugging Face's streams keep the epoch where all workers write to it."""
+    for name, value in vars(dataset).items() if hasattr(dataset, "__dict__") else ():
+        if isinstance(value, Tensor) and value.dim() == 0 and value.is_shared():
+            setattr(dataset, name, value.clone())
+
+
+def _has_exact_state(dataset: Any) -> bool:
+    """Whether a data set's own state brings back all that is to come.
+
+    That of a Hugging Face stream that is shuffled leaves out what its buffer holds.
+    """
+    if not (hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")):
+        return False
+    inside = [getattr(dataset, "_ex_iterable", None)]
+    while inside:
+        part = inside.pop()
+        if type(part).__name__ == "BufferShuffledExamplesIterable":
+            return False
+        inside += [getattr(part, "ex_iterable", None)] if hasattr(part, "ex_iterable") else []
+        inside += getattr(part, "ex_iterables", [])
+    return True
+
+
+class StreamLoader:
+    """Gives each process its micro-batches of every optimizer step of a stream, as Loader does of an indexed set.
+
+    Every process iterates the whole stream and keeps its part, so that any data set does which gives all of them the
+    same. At each step the processes compare how much they have read, and stop together where that differs.
+
+    Args:
+        dataset: anything with `__iter__`; `set_epoch(epoch)` is called before each pass where it exists, and
+            `state_dict`/`load_state_dict` serve to go on. Without them (or where they are known not to be exact, as
+            for Hugging Face's shuffle buffer) the stream is read again up to its place.
+        order: how many samples a step has, and what is known of the length.
+        micro_size: samples per micro-batch.
+        collate: makes a batch of a list of samples; None for runner.data.collate's.
+        num_workers: processes that read ahead. Each reads the whole stream and makes its share of the batches.
+        device: where batches go.
+        reader, readers: this process's place among the data readers.
+        repeat: start anew when the stream ends; otherwise `steps` ends with it.
+        trained: how many steps of the run are finished: what a checkpoint's position means. None for all fetched.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        order: StreamOrder,
+        micro_size: int,
+        *,
+        collate: Collate | None = None,
+        num_workers: int = 0,
+        device: torch.device | str = "cpu",
+        reader: int = 0,
+        readers: int = 1,
+        repeat: bool = True,
+        trained: Callable[[], int] | None = None,
+    ) -> None:
+        self.dataset = dataset
+        self.order = order
+        self.micro_size = micro_size
+        self._make = collate
+        self._workers = num_workers
+        self._device = torch.device(device)
+        self._reader, self._readers = reader, readers
+        self._repeat = repeat
+        self._trained = trained
+        self._fetched = 0
+        #: The data set's own state after so many steps, of those that a checkpoint may be about.
+        self._states: dict[int, Any] = {}
+
+    def steps(self, first: int, stop: int) -> Iterator[StepBatches]:
+        """The micro-batches of this process for the steps first, first + 1, … stop - 1 of the run, step by step."""
+        if not self._repeat:
+            self.order.ends.clear()
+        self._fetched = first
+        self._say_skipping(first)
+        walk = self._walk(first)
+        each, real = 0, 0
+        for step in range(first, stop):
+            told, batches = self._together(walk)
+            self.order.learn(step, told)
+            if not told.samples:
+                return
+            each, real = shares(told.samples, self.micro_size, self._reader, self._readers)
+            self._states[step + 1] = told.state
+            self._fetched = step + 1
+            self._forget()
+            placed = [batches.pop(0)] if batches else []
+            placed += [opened(batch) for _, batch in islice(walk, each - len(placed))]
+            yield StepBatches([self._place(batch) for batch in placed], real)
+
+    def _together(self, walk: Iterator[tuple[Told | None, Any]]) -> tuple[Told, list[Any]]:
+        """The next step's first item, once all processes have one alike."""
+        try:
+            told, batch = next(walk)
+            assert told is not None
+            batch = opened(batch)
+        except Exception:
+            # Told to the others before it is raised: they wait for this step.
+            if self._readers > 1:
+                agree(None)
+            raise
+        if self._readers > 1:
+            agree(told.samples)
+        return told, [batch]
+
+    def _walk(self, first: int) -> Iterator[tuple[Told | None, Any]]:
+        sizes = (self.micro_size, self._reader, self._readers)
+        make = self._make or collate
+        walk = _Walk(self.dataset, self.order, first, self._states.get(first), make, sizes, self._repeat)
+        if not self._workers:
+            return iter(walk)
+        return iter(
+            DataLoader(
+                walk,
+                batch_size=None,
+                collate_fn=as_it_is,
+                num_workers=self._workers,
+                pin_memory=self._device.type == "cuda",
+                generator=torch.Generator().manual_seed(0),
+            )
+        )
+
+    def _say_skipping(self, first: int) -> None:
+        _, seen = self.order.place(first)
+        if seen and self._states.get(first) is None and self._reader == 0:
+            _log.info("the stream cannot tell where it stood: reading past its first %d samples", seen)
+
+    def _forget(self) -> None:
+        done = self._fetched if self._trained is None else self._trained()
+        for step in [step for step in self._states if step < done]:
+            del self._states[step]
+
+    def _place(self, batch: Any) -> Any:
+        return batch if self._device.type == "cpu" else to_device(batch, self._device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training stands in the stream: plain values, and the data set's own state."""
+        step = self._fetched if self._trained is None else self._trained()
+        ends = [[end, lacking] for end, lacking in self.order.ends if end <= step]
+        return {"step": step, "ends": ends, "dataset": self._states.get(step)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.order.ends = [(end, lacking) for end, lacking in state["ends"]]
+        self._states = {state["step"]: state["dataset"]}
+        self._fetched = state["step"]
+
+
+def agree(samples: int | None) -> None:
+    """Raises on all processes where one of them could not read (None), or they have read different numbers."""
+    seen = torch.tensor([int(samples is None), samples or 0, (samples or 0) ** 2])
+    failed, total, squares = distributed.total(seen).tolist()
+    if samples is None:
+        return
+    if failed:
+        raise RunnerError("another process could not read its data")
+    if distributed.world_size() * squares != total * total:
+        raise wrong(
+            "data",
+            f"the processes read different streams: {samples} samples of this step here, other numbers elsewhere",
+            "give all of them the whole stream, or data.reader=main",
+        )

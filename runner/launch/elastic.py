@@ -1,0 +1,183 @@
+"""One of several nodes: torch's elastic agent finds the others and starts this node's processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from runner.errors import InputError, Problem
+from runner.launch.local import Ending, tell, threads
+from runner.launch.processes import address
+from runner.launch.worker import SIGNAL, WorkPlan, command
+from runner.signals import INTERRUPTED, SIGNALS, exit_code
+
+#: Seconds that the agent gives the other processes of a node once one has failed.
+_GRACE = 5
+
+
+def run(work: str, plan: WorkPlan, nproc: int) -> int:
+    """Runs MODULE:FUNCTION in `nproc` processes of this node, together with those of launch.nnodes - 1 others.
+
+    Every node is started with the same command. Raises InputError where the nodes do not meet.
+    """
+    with tempfile.TemporaryDirectory(prefix="runner-", ignore_cleanup_errors=True) as folder:
+        plan = replace(plan, report=folder)
+        path = Path(folder, "plan.json")
+        plan.save(path)
+        _set_environment(plan, nproc)
+        with _signals(Path(folder)) as heard:
+            endings = _launch(plan, nproc, command(work, path))
+        if heard.left is not None:
+            return heard.left
+        codes = [int(each.read_text()) for each in Path(folder).glob("rank_*.code")]
+        endings += [Ending(-1, code, time.time()) for code in codes]
+        return tell(plan, endings, heard.received, nproc * plan.config["launch"]["nnodes"])
+
+
+def _launch(plan: WorkPlan, nproc: int, words: list[str]) -> list[Ending]:
+    """The processes of this node that failed, as far as the agent tells."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # its words would stand in front of ours
+    launch = plan.config["launch"]
+    host = {} if launch["node_rank"] is None else {"is_host": str(launch["node_rank"] == 0)}
+    wait = int(launch["timeout"])
+    config = LaunchConfig(
+        min_nodes=launch["nnodes"],
+        max_nodes=launch["nnodes"],
+        nproc_per_node=nproc,
+        run_id=launch["rdzv_id"] or "runner",
+        rdzv_backend="c10d",
+        rdzv_endpoint=launch["rdzv_endpoint"],
+        rdzv_configs={"join_timeout": wait, "timeout": wait, "read_timeout": min(60, wait), **host},
+        max_restarts=0,
+        local_addr=own_address(launch["rdzv_endpoint"]),
+        signals_to_handle="SIGHUP",  # the others are handed on by _signals
+        shutdown_timeout=_GRACE,
+    )
+    try:
+        elastic_launch(config, sys.executable)(*words)
+    except ChildFailedError as error:
+        # In the order in which they were seen: whoever was killed after the first one, the agent has killed.
+        return [
+            Ending(rank, found.exitcode, found.timestamp + number / 1000, number > 0 and found.exitcode < 0)
+            for number, (rank, found) in enumerate(error.failures.items())
+        ]
+    except RendezvousError as error:
+        why = f"the {launch['nnodes']} nodes did not meet: {_reason(error)}"
+        fix = "start the same command on each node, the one with launch.node_rank=0 on the host that the endpoint names"
+        raise InputError(Problem("launch.rdzv_endpoint", why, fix, launch["rdzv_endpoint"])) from error
+    return []
+
+
+def _reason(error: BaseException) -> str:
+    cause = error.__cause__ or error
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+
+
+# --- signals --------------------------------------------------------------------------------------------------------
+
+
+class _Heard:
+    """The first signal, and the exit code once a second one has ended it all."""
+
+    received: int | None = None
+    left: int | None = None
+
+
+@contextmanager
+def _signals(folder: Path) -> Iterator[_Heard]:
+    """Hands signals on to this node's processes, which leave their ids in the folder; the second one kills them.
+
+    The agent would pass them to the data workers too, and kill what is still saving.
+    """
+    heard = _Heard()
+
+    def forward(number: int, frame: Any) -> None:
+        if heard.received is None:
+            heard.received = number
+            (folder / SIGNAL).write_text(str(number))  # for those that are about to start
+            pids = _pids(folder)
+            if not pids:
+                os.write(2, b"\ninterrupted before the first step: nothing to save\n")
+                shutil.rmtree(folder, ignore_errors=True)
+                os._exit(exit_code(number))
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            return
+        heard.left = INTERRUPTED if number == signal.SIGINT else 128 + number
+        for pid in _pids(folder):
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+
+    before = {number: signal.signal(number, forward) for number in SIGNALS}
+    try:
+        yield heard
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _pids(folder: Path) -> list[int]:
+    texts = [path.read_text() for path in folder.glob("rank_*.pid")]
+    return [int(text) for text in texts if text]
+
+
+# --- addresses ------------------------------------------------------------------------------------------------------
+
+
+def _set_environment(plan: WorkPlan, nproc: int) -> None:
+    """What this node's processes inherit: threads, and the network interface that leads to the other nodes."""
+    os.environ.update(threads(plan.config, nproc, os.environ))
+    own = own_address(plan.config["launch"]["rdzv_endpoint"])
+    interface = own and interface_of(own)
+    if interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def own_address(endpoint: str) -> str | None:
+    """This computer's address as the endpoint sees it: its name need not be known to the others."""
+    host, port = address(endpoint) or ("", 0)
+    for family, kind, protocol, _, where in _resolved(host, port):
+        with suppress(OSError), socket.socket(family, kind, protocol) as probe:
+            probe.connect(where)  # UDP: nothing is sent
+            return probe.getsockname()[0]
+    return None
+
+
+def _resolved(host: str, port: int) -> list[Any]:
+    try:
+        return socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+    except OSError:
+        return []
+
+
+def interface_of(own: str) -> str | None:
+    """The network interface with an IPv4 address; None where that cannot be found."""
+    if sys.platform != "linux" or ":" in own:
+        return None
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):
+                request = struct.pack("256s", name.encode()[:15])
+                answer = fcntl.ioctl(probe.fileno(), 0x8915, request)  # SIOCGIFADDR
+                if socket.inet_ntoa(answer[20:24]) == own:
+                    return name
+    return None

@@ -1,0 +1,237 @@
+"""What a process leaves behind when it fails, for the parent that tells the user."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import socket
+import stat
+import sys
+import time
+import traceback
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runner.distributed import Ranks
+from runner.errors import Elsewhere, InputError, Mark, Problem, RunnerError
+from runner.recipe.problems import render
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+    from runner.launch.worker import WorkPlan
+
+#: How torch and its libraries say that another process has gone, or did not come in time.
+_GONE = re.compile(
+    r"connection (was )?(closed|reset|refused)|connectFullMesh|gloo/transport|broken pipe|recvValue|sendBytes|"
+    r"recvVector|socket (has )?timed? ?out|wait timeout|timed out waiting|timeout after|timed out after|"
+    r"remote process|ncclRemoteError|ncclSystemError|NCCL communicator was aborted|store may be|failed to recv",
+    re.IGNORECASE,
+)
+#: Stands before the name of the log to which a process has moved its output.
+_MOVED = b"\0"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a process failed. `secondary`: only because another one did; `told` and `go_on`: see `record`."""
+
+    rank: int
+    world_size: int
+    host: str
+    time: float
+    code: int
+    error: str
+    traceback: str | None = None
+    problems: list[dict[str, Any]] = field(default_factory=list)
+    secondary: bool = False
+    told: str | None = None
+    go_on: str | None = None
+    folder: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        error: BaseException,
+        ranks: Ranks,
+        code: int,
+        told: str | None = None,
+        go_on: str | None = None,
+        folder: Path | None = None,
+    ) -> Failure:
+        expected = isinstance(error, RunnerError)
+        return cls(
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            host=socket.gethostname(),
+            time=time.time(),
+            code=code,
+            error=str(error) if expected else f"{type(error).__name__}: {error}",
+            traceback=None if expected else "".join(traceback.format_exception(error)),
+            problems=[_plain(problem) for problem in error.problems] if isinstance(error, InputError) else [],
+            secondary=is_secondary(error),
+            told=told,
+            go_on=go_on,
+            folder=None if folder is None else str(folder),
+        )
+
+    def save(self, folder: Path) -> None:
+        """Writes rank_N.json, whole or not at all."""
+        path = folder / f"rank_{self.rank}.json"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(asdict(self), default=str), encoding="utf-8")
+        temporary.replace(path)
+
+
+def record(
+    plan: WorkPlan,
+    ranks: Ranks,
+    error: BaseException,
+    code: int,
+    *,
+    told: str | None = None,
+    go_on: str | None = None,
+    folder: Path | None = None,
+) -> None:
+    """Leaves rank_N.json in the plan's folder for reports, where it has one. A process' first failure counts.
+
+    `told` says what failed and when ("mlp failed after step 3"), `go_on` is the command that goes on, `folder` that of
+    the run.
+    """
+    failure = Failure.of(error, ranks, code, told, go_on, folder)
+    # A full disk or a folder that has gone must not hide the failure itself.
+    with suppress(OSError):
+        _tell_torchrun(failure)
+        if plan.report is not None and not Path(plan.report, f"rank_{ranks.rank}.json").exists():
+            failure.save(Path(plan.report))
+
+
+def share(plan: WorkPlan, ranks: Ranks, store: Store) -> None:
+    """Lets the other nodes' parents know why this process failed; takes theirs where it failed only because of it."""
+    if plan.report is None:
+        return
+    folder = Path(plan.report)
+    with suppress(Exception):  # the store's process may have ended as well
+        mine = next(failure for failure in failures(folder) if failure.rank == ranks.rank)
+        if not mine.secondary:
+            store.set("failure", json.dumps(asdict(mine), default=str))
+        elif store.check(["failure"]):
+            Failure(**json.loads(store.get("failure"))).save(folder)
+
+
+def failures(folder: Path) -> list[Failure]:
+    """What processes have left in a folder, in the order in which it happened."""
+    found = []
+    for path in folder.glob("rank_*.json"):
+        with suppress(OSError, ValueError, TypeError):
+            found.append(Failure(**json.loads(path.read_text(encoding="utf-8"))))
+    return sorted(found, key=lambda failure: failure.time)
+
+
+def is_secondary(error: BaseException) -> bool:
+    """Whether an error says only that another process has ended."""
+    if isinstance(error, Elsewhere):
+        return True
+    if isinstance(error, RunnerError) or not isinstance(error, (RuntimeError, ValueError)):
+        return False
+    return _GONE.search(str(error)) is not None
+
+
+def show(failure: Failure, plan: WorkPlan) -> None:
+    """Tells the user of a failure on stderr; its one line comes last."""
+    if failure.problems:
+        origins = {key: Mark(*mark) for key, mark in plan.marks.items()}
+        if plan.full_error and failure.traceback:
+            print(failure.traceback, file=sys.stderr, end="")
+        problems = [_problem(values) for values in failure.problems]
+        print(render(problems, origins, directory=Path(plan.directory)), file=sys.stderr, flush=True)
+        return
+    if failure.traceback:
+        print(failure.traceback, file=sys.stderr, end="", flush=True)
+    if failure.go_on:
+        print(f"to go on: {failure.go_on}", file=sys.stderr if plan.json else sys.stdout, flush=True)
+    told = failure.told or f"{plan.config.get('name', 'the run')} failed"
+    who = f"rank {failure.rank} on {failure.host}: " if failure.world_size > 1 else ""
+    print(f"error: {told}: {who}{failure.error}", file=sys.stderr, flush=True)
+
+
+def _plain(problem: Problem) -> dict[str, Any]:
+    """A problem as JSON has it."""
+    mark = problem.mark
+    values: dict[str, Any] = {"key": problem.key, "why": problem.why, "fix": problem.fix}
+    if mark is not None:
+        values["mark"] = [mark.file, mark.line, mark.column]
+    return {**values, "value": problem.value} if problem.has_value else values
+
+
+def _problem(values: dict[str, Any]) -> Problem:
+    mark = values.pop("mark", None)
+    return Problem(**values, mark=None if mark is None else Mark(*mark))
+
+
+def _tell_torchrun(failure: Failure) -> None:
+    """Leaves the error where torch's agent looks for it, so that its own table names it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"py_callstack": failure.traceback or failure.error, "timestamp": str(int(failure.time))}
+        message = {"message": failure.error, "extraInfo": extra, "errorCode": failure.code}
+        Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
+
+
+# --- the output of a process that does not speak on the terminal -----------------------------------------------------
+
+
+def capture(path: Path) -> int:
+    """Opens the file that takes a process' output until it has a log; `redirect` knows it by how it is open."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+
+
+def redirect(path: Path) -> None:
+    """Lets this process's stdout and stderr go to the end of its log, with what it has said so far.
+
+    Does so only for a process of our own launch that does not speak on the terminal; under another launcher the
+    output stays where that put it.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    if not captured():
+        return
+    said = os.pread(1, os.fstat(1).st_size, 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.write(log, said)
+    os.ftruncate(1, 0)
+    os.write(1, _MOVED + os.fsencode(path.absolute()))
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+
+
+def said(path: Path) -> tuple[str, bool]:
+    """The last that a process has said, from the file that `capture` opened or from its log, and whether it has one."""
+    try:
+        content = path.read_bytes()
+        moved = content.startswith(_MOVED)
+        if moved:
+            with Path(os.fsdecode(content[len(_MOVED) :])).open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - 4096))
+                content = log.read()
+    except OSError:
+        return "", False
+    lines = content.decode(errors="replace").rstrip().splitlines()
+    return "\n".join(lines[-20:] if moved else lines[-200:]), moved
+
+
+def captured() -> bool:
+    """Whether this process's output goes to the file that `capture` opened, and not to a log or terminal."""
+    try:
+        flags = fcntl.fcntl(1, fcntl.F_GETFL)
+        plain = stat.S_ISREG(os.fstat(1).st_mode)
+    except OSError:
+        return False
+    return plain and flags & os.O_ACCMODE == os.O_RDWR and bool(flags & os.O_APPEND)

@@ -1,0 +1,223 @@
+"""The parent of one node's processes: codes, the first cause, signals, logs, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from parents import Parent, alive, told
+
+Start = Callable[..., Parent]
+HOST = socket.gethostname()
+
+
+def last_line(text: str) -> str:
+    return text.rstrip().splitlines()[-1]
+
+
+def test_processes_know_their_place(start: Start) -> None:
+    parent = start(3, do="describe", variables={"TORCHELASTIC_RUN_ID": "stale"})
+    done = parent.end()
+    assert (done.code, done.out, done.err) == (0, "", "")
+    cores = len(os.sched_getaffinity(0))
+    groups = set()
+    for rank in range(3):
+        found = told(parent.folder, rank)
+        groups.add(found.pop("group"))
+        assert found == {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "3",
+            "LOCAL_WORLD_SIZE": "3",
+            "MASTER_ADDR": "127.0.0.1",
+            "OMP_NUM_THREADS": str(max(1, cores // 3)),
+            "ranks": [rank, 3, rank, 3],
+            "torch": False,
+        }
+    assert len(groups) == 3
+    assert list((parent.folder / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize(("config", "users", "expected"), [(None, "5", "5"), (3, "5", "3"), (3, None, "3")])
+def test_threads(start: Start, config: int | None, users: str | None, expected: str) -> None:
+    variables = {"OMP_NUM_THREADS": users} if users else {}
+    parent = start(1, do="describe", launch={"threads": config}, variables=variables)
+    assert parent.end().code == 0
+    assert told(parent.folder, 0)["OMP_NUM_THREADS"] == expected
+
+
+def test_the_first_error_is_told_last_and_once(start: Start) -> None:
+    parent = start(3, **{"0": "lost", "1": "raise_", "2": "raise_late"})
+    done = parent.end()
+    assert done.code == 1
+    assert last_line(done.err) == f"error: mlp failed: rank 1 on {HOST}: ValueError: boom in 1"
+    assert done.err.count("Traceback") == 1
+    assert "in raise_\n" in done.err
+    assert "Connection closed" not in done.err
+    assert parent.left() == []
+
+
+def test_an_expected_error_has_no_traceback(start: Start) -> None:
+    done = start(2, do="wait", **{"1": "stop_training"}).end()
+    assert done.code == 1
+    assert done.err == f"error: mlp failed after step 3: rank 1 on {HOST}: the loss is nan\n"
+    assert done.out == "to go on: python -m runner run_dir=r\n"
+    assert done.seconds < 10
+
+
+def test_one_process_has_no_rank(start: Start) -> None:
+    assert start(1, do="stop_training").end().err == "error: mlp failed after step 3: the loss is nan\n"
+
+
+def test_wrong_input_is_shown_as_ever(start: Start) -> None:
+    parent = start(2, do="wrong", plan={"marks": {"a.b": ["x.yaml", 3, 5]}})
+    done = parent.end()
+    assert (done.code, done.out) == (2, "")
+    assert done.err == "1 problem in the configuration\n\nx.yaml:3:5: a.b = 3\n  is not right\n  fix: c would be\n"
+
+
+def test_where_all_only_lost_each_other_the_first_is_told(start: Start) -> None:
+    done = start(2, do="lost").end()
+    assert done.code == 1
+    assert "Connection closed by peer" in last_line(done.err)
+    assert done.err.count("error: ") == 1
+
+
+def test_a_killed_process_is_named(start: Start) -> None:
+    parent = start(3, do="wait", **{"0": "lost", "2": "kill_oneself"})
+    done = parent.end()
+    assert done.code == 1
+    assert last_line(done.err).startswith(
+        f"error: mlp failed: rank 2 on {HOST}: killed (SIGKILL), likely out of memory"
+    )
+    assert done.seconds < 10
+    assert parent.left() == []
+
+
+def test_a_crash_shows_its_stack(start: Start) -> None:
+    done = start(2, **{"1": "crash"}).end()
+    assert last_line(done.err) == f"error: mlp failed: rank 1 on {HOST}: killed by SIGSEGV"
+    assert "in crash" in done.err
+
+
+def test_what_was_said_before_an_early_death(start: Start) -> None:
+    done = start(2, do="wait", **{"1": "say_and_die"}).end()
+    assert done.code == 1
+    assert done.err == (
+        f"rank 1 said:\nthe last words\nerror: mlp failed: rank 1 on {HOST}: ended with exit code 9 and no error\n"
+    )
+
+
+def test_what_was_said_in_the_log_before_a_death(start: Start) -> None:
+    parent = start(2, **{"1": "say_in_log_and_die"})
+    done = parent.end()
+    assert "rank 1 said:\nbefore the log\ninto the log\nan error's words\nerror: " in done.err
+    assert (parent.folder / "logs" / "rank_1.log").read_text() == "before the log\ninto the log\nan error's words\n"
+
+
+def test_rank_0_speaks_and_the_others_have_logs(start: Start) -> None:
+    parent = start(2, do="log")
+    done = parent.end()
+    assert (done.code, done.out, done.err) == (0, "early 0\nlate 0\nfrom below\n", "")
+    assert {path.name for path in (parent.folder / "logs").iterdir()} == {"rank_1.log"}
+    assert (parent.folder / "logs" / "rank_1.log").read_text() == "early 1\nlate 1\nfrom below\n"
+
+
+def test_what_a_process_started_ends_with_it(start: Start) -> None:
+    parent = start(2, do="with_a_child")
+    assert parent.end().code == 0
+    assert parent.left("child") == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+def test_a_signal_reaches_all_and_they_end_in_order(start: Start, number: signal.Signals, code: int) -> None:
+    parent = start(2, do="end_in_order")
+    parent.wait_for("ready")
+    parent.process.send_signal(number)
+    done = parent.end()
+    assert (done.code, done.out, done.err) == (code, "", "")
+    assert [(parent.folder / f"saved_{rank}").read_text() for rank in range(2)] == [number.name] * 2
+    assert parent.left() == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_ends_all_at_once(start: Start, number: signal.Signals, code: int) -> None:
+    parent = start(2, do="deaf")
+    parent.wait_for("ready")
+    parent.process.send_signal(number)
+    time.sleep(0.3)
+    assert parent.process.poll() is None
+    before = time.monotonic()
+    parent.process.send_signal(number)
+    done = parent.end()
+    assert (done.code, done.err) == (code, "")
+    assert time.monotonic() - before < 3
+    assert parent.left() == []
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.03, 0.06, 0.1, 0.15])
+def test_a_signal_at_the_start_is_not_lost(start: Start, delay: float) -> None:
+    parent = start(3, do="wait")
+    while not list((parent.folder / "tmp").glob("runner-*/rank_1.out")):
+        time.sleep(0.002)
+    time.sleep(delay)
+    parent.process.send_signal(signal.SIGTERM)
+    done = parent.end()
+    assert done.code == 75
+    assert "Traceback" not in done.err
+    assert parent.left() == []
+    assert done.seconds < 10
+
+
+def test_those_that_save_get_time(start: Start) -> None:
+    parent = start(2, **{"0": "save_slowly", "1": "preempted"})
+    done = parent.end()
+    assert (done.code, done.err) == (75, "")
+    assert done.seconds > 4
+
+
+def test_nobody_outlives_a_killed_parent(start: Start) -> None:
+    parent = start(3, do="deaf")
+    parent.wait_for("ready")
+    pids = [int((parent.folder / f"pid_{rank}").read_text()) for rank in range(3)]
+    assert all(alive(pid) for pid in pids)
+    parent.process.send_signal(signal.SIGKILL)
+    until = time.monotonic() + 2
+    while parent.left() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert parent.left() == []
+
+
+def test_ten_at_once(start: Start) -> None:
+    parents = [start(2, do="describe") for _ in range(10)]
+    assert [parent.end(60).code for parent in parents] == [0] * 10
+
+
+def test_a_parent_that_cannot_start_a_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import subprocess
+
+    from runner.errors import RunnerError
+    from runner.launch import local
+    from runner.launch.worker import WorkPlan
+
+    real = subprocess.Popen
+    started: list[subprocess.Popen[bytes]] = []
+
+    def limited(*words: object, **more: object) -> subprocess.Popen[bytes]:
+        if len(started) == 2:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        started.append(real(["sleep", "60"], **more))  # type: ignore[call-overload]
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", limited)
+    handlers = signal.getsignal(signal.SIGINT)
+    with pytest.raises(RunnerError, match=r"process 3 of 4 cannot be started: .*temporarily unavailable"):
+        local.supervise("works:work", WorkPlan({}, {}, [], str(tmp_path), 0.0), 4)
+    assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
+    assert signal.getsignal(signal.SIGINT) is handlers
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
