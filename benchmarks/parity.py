@@ -49,6 +49,7 @@ BACKENDS: dict[str, tuple[int, list[str]]] = {
     "deepspeed z2 x 2": (2, ["backend=deepspeed", "backend.stage=2"]),
     "deepspeed z3 x 2": (2, ["backend=deepspeed", "backend.stage=3"]),
 }
+_KINDS = ["backends", "worlds", "precisions", "memory"]
 WORLDS = {
     "ddp": [(n, ["backend=ddp"]) for n in (1, 2, 3, 4)],
     "fsdp": [(n, ["backend=fsdp"]) for n in (1, 2, 3, 4)],
@@ -212,12 +213,11 @@ def lines(kinds: list[str]) -> Iterator[str]:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    every = ["backends", "worlds", "precisions", "memory"]
-    parser.add_argument("kinds", nargs="*", choices=every, default=every)
+    parser.add_argument("--only", action="append", dest="kinds", choices=_KINDS, help="a part of the table")
 
 
 def main(chosen: argparse.Namespace) -> int:
-    for line in lines(chosen.kinds):
+    for line in lines(chosen.kinds or _KINDS):
         print(line, flush=True)
     return 0
 

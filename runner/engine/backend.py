@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from runner.engine.mesh import Mesh
+from runner.engine.model_state import trained_weights
 from runner.engine.precision import Precision
 from runner.errors import Problem
 
@@ -135,6 +136,17 @@ class Backend(ABC):
     @abstractmethod
     def state(self) -> Mapping[str, Any]:
         """Stateful objects by name (model, optimizer, scaler), keyed by parameter name inside."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters that are trained, by the bare model's names: themselves, to be read and written in place.
+
+        Each may be a DTensor, of which this process holds a part. Raises InputError where the backend keeps them
+        elsewhere.
+        """
+        return trained_weights(self.model)
+
+    def rewritten(self) -> None:
+        """To be called after `weights` were written to: drops copies that were gathered of them."""
 
     def discard(self) -> None:
         """Throws away what a forward and backward have left, also broken off by an error: all processes call it."""

@@ -41,7 +41,7 @@ class ModelState:
         source = {name: _plain(first.get(id(value), name)) for name, value in own.items()}
         _compare("the model", source.values(), state)
         bare = _bare(self._model)
-        values = {name: _placed_as(own[name], state[saved]) for name, saved in source.items()}
+        values = {name: placed_as(own[name], state[saved]) for name, saved in source.items()}
         bare.load_state_dict(values, strict=False)
 
 
@@ -163,6 +163,12 @@ class _Place(NamedTuple):
     step_device: torch.device
 
 
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are trained, by the bare model's names: themselves, sharded where they are."""
+    named = _bare(model).named_parameters()
+    return {_plain(name): parameter for name, parameter in named if parameter.requires_grad}
+
+
 def _targets(saved: Any, held: Any, place: _Place, key: str = "") -> Any:
     """`saved` with a tensor to be filled in the place of each of its tensors: the `held` one where it suits."""
     if isinstance(saved, Mapping):
@@ -233,7 +239,7 @@ def _tensors(model: nn.Module) -> dict[str, Any]:
     return dict(_bare(model).state_dict(keep_vars=True))
 
 
-def _placed_as(own: Any, value: Any) -> Any:
+def placed_as(own: Any, value: Any) -> Any:
     """A value that can be copied into the model's `own`: cut, or put together, where only one of them is sharded."""
     tensor = sys.modules.get("torch.distributed.tensor")
     if tensor is None or not isinstance(own, Tensor) or not isinstance(value, Tensor):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runner.engine.model_state import placed_as
 from runner.errors import wrong
 from runner.train.hook import Hook
 from runner.train.run import Run
@@ -28,21 +29,22 @@ class EMA(Hook):
         if not 0 <= decay < 1:
             raise wrong("hooks.ema.decay", "is not between 0 and 1", "0.999 is usual", value=decay)
         self.decay, self.evaluate = decay, evaluate
-        self._names: list[str] = []
         self._weights: list[Tensor] = []
         self._averages: list[Tensor] = []
+        self._saved: dict[str, Tensor] = {}
         self._loaded: Mapping[str, Tensor] | None = None
 
     def on_run_start(self, run: Run) -> None:
-        named = [(name, p) for name, p in run.engine.model.named_parameters() if p.requires_grad]
-        self._names = [name for name, _ in named]
-        self._weights = [parameter.detach() for _, parameter in named]
-        source = self._weights if self._loaded is None else [self._loaded[name] for name in self._names]
-        self._averages = [
-            average.to(weight.device, torch.float32, copy=True)
-            for average, weight in zip(source, self._weights, strict=True)
-        ]
-        self._step = run.progress.step
+        weights = run.engine.backend.weights()
+        self._backend = run.engine.backend
+        self._saved = {
+            name: _average(weight, None if self._loaded is None else self._loaded[name])
+            for name, weight in weights.items()
+        }
+        # Of sharded weights each process averages its own part.
+        self._weights = [_own(weight.detach()) for weight in weights.values()]
+        self._averages = [_own(average) for average in self._saved.values()]
+        self._loaded = None
         if self.evaluate:
             run.evaluation_contexts.append(self.swapped)
 
@@ -57,16 +59,29 @@ class EMA(Hook):
         """The averages in the place of the weights."""
         kept = [weight.clone() for weight in self._weights]
         _copy(self._weights, self._averages)
+        self._backend.rewritten()
         try:
             yield
         finally:
             _copy(self._weights, kept)
+            self._backend.rewritten()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"averages": dict(zip(self._names, self._averages, strict=True))}
+        return {"averages": self._saved}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._loaded = state["averages"]
+
+
+def _average(weight: Tensor, loaded: Tensor | None) -> Tensor:
+    """An average that lies as its weight does; it begins with the loaded value, or the weight."""
+    value = weight.detach() if loaded is None else placed_as(weight, loaded)
+    return value.to(weight.device, torch.float32, copy=True)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """This process's part."""
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 def _copy(to: list[Tensor], source: list[Tensor]) -> None:

@@ -1,0 +1,77 @@
+"""Hooks that hold weights, on every backend."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import run_ranks
+
+from contract.training import settings, trained
+
+pytestmark = pytest.mark.usefixtures("quiet")
+
+HOOKS = {
+    "gradient_norm": {"_target_": "runner.hooks.gradient_norm.GradientNorm"},
+    "curves": {"_target_": "contract.training.Curves"},
+    "ema": {"_target_": "runner.hooks.ema.EMA", "decay": 0.8},
+}
+
+
+def averaged(backend: str) -> dict[str, Any]:
+    return trained(backend, 1, {"hooks": HOOKS})
+
+
+def each_averaged(backends: list[str]) -> list[dict[str, Any]]:
+    return [averaged(backend) for backend in backends]
+
+
+def resumed(first: str, second: str) -> dict[str, Any]:
+    """Trains 10 steps on one backend, goes on for 10 on another; the evaluation is that of the averages."""
+    from runner import distributed
+    from runner.assemble import assemble, check
+    from runner.distributed import Ranks
+    from runner.folder import Bystander, RunFolder
+    from runner.train.loop import train
+
+    rank, world = distributed.rank(), distributed.world_size()
+    ranks = Ranks(rank, world, rank, world)
+    with tempfile.TemporaryDirectory() as own:
+        path = Path(distributed.broadcast(own))
+        folder = RunFolder(path) if rank == 0 else Bystander(path)
+        saving = {"every": {"steps": 10, "epochs": None, "seconds": None}, "keep": 4, "best": None}
+        for backend in (first, second):
+            plain = settings(backend, world, 1, hooks=HOOKS, checkpoint=saving)
+            resume = None if backend == first else path / "checkpoints" / "step_00000010"
+            run = assemble(plain, check(plain, ranks), folder, resume=resume)
+            train(run)
+        distributed.barrier()
+        return {"losses": run.hooks["curves"].losses, "metrics": run.metrics, "first": run.first_step}
+
+
+def test_the_average_of_the_weights_is_the_same_on_every_backend() -> None:
+    alone = averaged("single")
+    plain = trained("single")
+    assert alone["losses"] == plain["losses"]
+    assert alone["metrics"]["loss"] != plain["metrics"]["loss"]
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    for found in run_ranks(each_averaged, 2, ["ddp", "fsdp", "deepspeed-z2"], timeout=150)[0]:
+        assert found["metrics"]["loss"] == pytest.approx(alone["metrics"]["loss"], rel=1e-5)
+        assert found["losses"] == pytest.approx(plain["losses"], rel=1e-5)
+
+
+def test_a_run_with_averages_goes_on_with_another_backend() -> None:
+    alone = averaged("single")
+    for found in run_ranks(resumed, 2, "fsdp", "ddp", timeout=150):
+        assert found["first"] == 10
+        assert found["losses"] == pytest.approx(alone["losses"][10:], rel=1e-5)
+        assert found["metrics"]["loss"] == pytest.approx(alone["metrics"]["loss"], rel=1e-5)
+
+
+def test_going_on_from_ddp_with_fsdp() -> None:
+    alone = averaged("single")
+    found = run_ranks(resumed, 2, "ddp", "fsdp", timeout=150)[0]
+    assert found["losses"] == pytest.approx(alone["losses"][10:], rel=1e-5)
+    assert found["metrics"]["loss"] == pytest.approx(alone["metrics"]["loss"], rel=1e-5)
