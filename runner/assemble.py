@@ -253,6 +253,7 @@ def _backend(config: Config, ranks: Ranks) -> Backend:
             "activation_checkpointing": config["activation_checkpointing"],
             "accumulation": config["accumulation"]["steps"],
             "grad_clip": config["grad_clip"],
+            "nan": config["nan"],
         }
     return kind(_device(config, ranks), _precision(config), mesh, **options)
 

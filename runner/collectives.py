@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from copy import copy
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,25 +26,40 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     return map_leaves(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, value)
 
 
-def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
-    """`map_tensors` for every leaf, whatever it is."""
+def map_leaves(function: Callable[[Any], Any], value: Any, whole: Callable[[Any], bool] | None = None) -> Any:
+    """`map_tensors` for every leaf, whatever it is; a container for which `whole` is true counts as one."""
+    inside = None if whole is not None and whole(value) else _opened(value)
+    if inside is None:
+        return function(value)
+    parts, rebuilt = inside
+    return rebuilt([map_leaves(function, item, whole) for item in parts.values()])
+
+
+def _opened(value: Any) -> tuple[dict[str, Any], Callable[[list[Any]], Any]] | None:
+    """(what a container holds, by how one gets there; what makes the same container of other items), or None."""
     if isinstance(value, Mapping):
-        items = {key: map_leaves(function, item) for key, item in value.items()}
-        if type(value) is dict:
-            return items
-        # A class of its own (OrderedDict, a model's output): a copy whose items are replaced.
-        filled: Any = copy(value)
-        for key, item in items.items():
-            filled[key] = item
-        return filled
+        return {f"[{key!r}]": item for key, item in value.items()}, partial(refilled, value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_leaves(function, item) for item in value))
+        return {f".{name}": getattr(value, name) for name in value._fields}, lambda items: type(value)(*items)
     if isinstance(value, (list, tuple)):
-        return type(value)(map_leaves(function, item) for item in value)
+        return {f"[{number}]": item for number, item in enumerate(value)}, type(value)
     if is_dataclass(value) and not isinstance(value, type):
-        changed = {f.name: map_leaves(function, getattr(value, f.name)) for f in fields(value) if f.init}
-        return replace(value, **changed)
-    return function(value)
+        names = [field.name for field in fields(value) if field.init]
+        changed = {f".{name}": getattr(value, name) for name in names}
+        return changed, lambda items: replace(value, **dict(zip(names, items, strict=True)))
+    return None
+
+
+def refilled(mapping: Mapping[Any, Any], items: list[Any]) -> Any:
+    """A mapping of the same type and keys with other values; a dictionary for one of a type that cannot be changed."""
+    filled = dict(zip(mapping, items, strict=True))
+    if type(mapping) is dict or not isinstance(mapping, MutableMapping):
+        return filled
+    # A class of its own (OrderedDict, a model's output): a copy whose items are replaced.
+    other: Any = copy(mapping)
+    for key, item in filled.items():
+        other[key] = item
+    return other
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -61,35 +77,107 @@ def tensors_in(value: Any) -> list[Tensor]:
 def gather(value: Any) -> Any:
     """Every tensor of a nested value, concatenated along dimension 0 over the processes in rank order.
 
-    A tensor of shape (n, ...) becomes (n_0 + n_1 + ..., ...), where the n may differ; one of shape () becomes
-    (processes,). Numbers, strings and None stay this process's own.
+    A tensor of shape (n, ...) becomes (n_0 + n_1 + ..., ...), where the n may differ; one of shape (), or a number
+    given by itself, becomes (processes,). Numbers inside of containers, strings and None stay this process's own.
 
     Example:
         gather({"logits": logits})["logits"]  # (processes * batch, classes)
 
-    Raises InputError, on all processes alike, where shapes or types do not go together.
+    Raises InputError, on all processes alike, where their structures, shapes or types do not go together.
     """
-    tensors = tensors_in(value)
-    if not tensors:
+    value = _as_tensor(value)
+    plans = _plans(value)
+    if not any(plans):
         why = f"there is no tensor in a {type(value).__name__}"
         raise wrong("gather", why, "gather_object gathers any Python object")
-    known = distributed.gather([(tuple(tensor.shape), tensor.dtype) for tensor in tensors])
-    _check_alike(known)
-    whole = iter(_gathered(tensor, [shapes[i][0] for shapes in known]) for i, tensor in enumerate(tensors))
-    return map_tensors(lambda _: next(whole), value)
+    return _joined("gather", value, plans)
 
 
-def _check_alike(known: list[list[tuple[tuple[int, ...], torch.dtype]]]) -> None:
-    """Raises InputError where the processes' tensors differ in number, type, or in another dimension than 0."""
-    first = [(max(1, len(shape)), shape[1:], dtype) for shape, dtype in known[0]]
-    if all([(max(1, len(shape)), shape[1:], dtype) for shape, dtype in shapes] == first for shapes in known):
-        return
-    each = "; ".join(
-        f"process {rank}: {', '.join(f'{list(shape)} {str(dtype)[6:]}' for shape, dtype in shapes)}"
-        for rank, shapes in enumerate(known)
+def gather_either(value: Any, objects: Any) -> Any:
+    """`gather` of a nested value that holds tensors, or `gather_object` of `objects` where no process has any.
+
+    Which of them is decided by what all processes have, and so is the same on all.
+    """
+    plans = _plans(value)
+    return _joined("gather_for_metrics", value, plans) if any(plans) else gather_object(objects)
+
+
+def _as_tensor(value: Any) -> Any:
+    return torch.tensor(value) if isinstance(value, (bool, int, float)) else value
+
+
+class _Spec(NamedTuple):
+    """A tensor as the other processes need to know it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+
+    def __str__(self) -> str:
+        where = "" if self.device == "cpu" else f" on {self.device}"
+        return f"{list(self.shape)} {str(self.dtype)[6:]}{where}"
+
+
+def _plans(value: Any) -> list[dict[str, _Spec]]:
+    """What tensors each process has, and where in its value: one exchange, after which all decide alike."""
+    found = {path: _Spec(tuple(one.shape), one.dtype, one.device.type) for path, one in _placed(value).items()}
+    return distributed.gather(found)
+
+
+def _placed(value: Any, path: str = "") -> dict[str, Tensor]:
+    """The tensors of a nested value by their places, such as "['boxes'][0]"."""
+    if isinstance(value, Tensor):
+        return {path: value}
+    inside = _opened(value)
+    if inside is None:
+        return {}
+    return {name: one for step, item in inside[0].items() for name, one in _placed(item, path + step).items()}
+
+
+def _check_alike(
+    word: str, plans: list[dict[str, _Spec]], kind: Callable[[_Spec], Any], rule: str, fixes: tuple[str, str]
+) -> None:
+    """Raises InputError, naming the processes, where their tensors lie elsewhere or are not of one kind.
+
+    Args:
+        kind: what of a tensor must be the same on all.
+        rule: what to say where it is not.
+        fixes: what to do where tensors are missing on some process, and where kinds differ.
+    """
+    odd = []
+    missing = False
+    for path in {path: None for plan in plans for path in plan}:
+        found = [plan.get(path) for plan in plans]
+        if len({None if spec is None else kind(spec) for spec in found}) > 1:
+            missing = missing or None in found
+            odd.append(f"{path}{': ' if path else ''}{_told(found)}")
+    if odd:
+        more = f"; and {len(odd) - 3} more" if len(odd) > 3 else ""
+        said = "the processes' values must hold tensors in the same places" if missing else rule
+        raise wrong(word, f"{said} ({'; '.join(odd[:3])}{more})", fixes[0] if missing else fixes[1])
+
+
+def _told(found: list[_Spec | None]) -> str:
+    """Which processes have what."""
+    ranks: dict[str, list[str]] = {}
+    for rank, spec in enumerate(found):
+        ranks.setdefault("nothing" if spec is None else str(spec), []).append(str(rank))
+    return "; ".join(f"process{'es' * (len(who) > 1)} {', '.join(who)}: {what}" for what, who in ranks.items())
+
+
+def _joined(word: str, value: Any, plans: list[dict[str, _Spec]]) -> Any:
+    """The gathered value, once it is sure that the processes' tensors go together."""
+    objects = "gather_object, or gather_for_metrics(value, use_gather_object=True), takes lists of any objects"
+    padded = "pad_across_processes(value, dim=1) makes another dimension alike"
+    rule = "the processes' tensors may differ in dimension 0 only"
+    _check_alike(
+        word, plans, lambda spec: (max(1, len(spec.shape)), spec.shape[1:], *spec[1:]), rule, (objects, padded)
     )
-    why = f"the processes' tensors may differ in dimension 0 only ({each})"
-    raise wrong("gather", why, "pad_across_processes(value, dim=1) makes another dimension alike")
+    tensors = _placed(value)
+    # In one order on all: that of the first process, whose dictionaries may be in another.
+    whole = {path: _gathered(tensors[path], [plan[path].shape for plan in plans]) for path in plans[0]}
+    results = iter([whole[path] for path in tensors])
+    return map_tensors(lambda _: next(results), value)
 
 
 def _gathered(tensor: Tensor, shapes: list[tuple[int, ...]]) -> Tensor:
@@ -182,12 +270,13 @@ class _Stub:
 
 
 def reduce(value: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
-    """Every tensor of a nested value, added up (or mean, max, min) over the processes; the result is on all of them.
+    """Every tensor and number of a nested value, added up (or mean, max, min) over the processes, on all of them.
 
-    Shapes and types stay, but for sums of bool (int64) and means of integers (float32).
+    Shapes and types stay, but for sums of bool (int64) and means of integers (float32); numbers give numbers.
 
     Example:
         reduce(torch.tensor(3.0), "mean")  # 0-d
+        reduce({"correct": 7, "loss": 0.5})  # {"correct": 14, "loss": 1.0} with the same on two processes
 
     Args:
         reduction: "sum", "mean", "max" or "min".
@@ -195,7 +284,17 @@ def reduce(value: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
     """
     if reduction not in REDUCTIONS:
         raise wrong("reduction", "is none that is known", f"one of {', '.join(REDUCTIONS)}", value=reduction)
-    return map_tensors(lambda tensor: _reduced(tensor, reduction, scale), value)
+
+    def reduced(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return _reduced(leaf, reduction, scale)
+        if not isinstance(leaf, (bool, int, float)):
+            return leaf
+        # In double precision, which is what Python's numbers have.
+        exact = torch.float64 if isinstance(leaf, float) or reduction == "mean" else None
+        return _reduced(torch.tensor(leaf, dtype=exact), reduction, scale).item()
+
+    return map_leaves(reduced, value)
 
 
 def _reduced(tensor: Tensor, reduction: str, scale: float) -> Tensor:
@@ -226,10 +325,18 @@ def pad_across_processes(value: Any, dim: int = 0, pad_index: float = 0, pad_fir
     Example:
         pad_across_processes(token_ids, dim=1, pad_index=tokenizer.pad_token_id)  # (batch, longest)
     """
-    tensors = tensors_in(value)
-    sizes = [tensor.shape[dim] if -tensor.dim() <= dim < tensor.dim() else -1 for tensor in tensors]
-    longest = iter([max(column) for column in zip(*distributed.gather(sizes), strict=True)])
-    return map_tensors(lambda tensor: _padded(tensor, next(longest), dim, pad_index, pad_first), value)
+    plans = _plans(value)
+    rule = "the processes' tensors must have the same number of dimensions"
+    objects = "gather_object gathers lists of any objects"
+    _check_alike("pad_across_processes", plans, lambda spec: len(spec.shape), rule, (objects, "give such"))
+
+    def longest(path: str) -> int:
+        return max(
+            plan[path].shape[dim] if -len(plan[path].shape) <= dim < len(plan[path].shape) else -1 for plan in plans
+        )
+
+    sizes = iter([longest(path) for path in _placed(value)])
+    return map_tensors(lambda tensor: _padded(tensor, next(sizes), dim, pad_index, pad_first), value)
 
 
 def _padded(tensor: Tensor, size: int, dim: int, pad_index: float, pad_first: bool) -> Tensor:
@@ -253,24 +360,13 @@ def scatter_object(values: list[Any] | None, source: int = 0) -> Any:
 
 def cut(value: Any, rows: int, start: int, stop: int) -> Any:
     """Rows start to stop of every tensor, and of every list of leaves, that has `rows` of them; the rest whole."""
-    if isinstance(value, list) and len(value) == rows and not any(isinstance(item, Tensor) for item in value):
-        return value[start:stop]
-    if isinstance(value, Tensor):
-        return value[start:stop].clone() if value.dim() and value.shape[0] == rows else value
-    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        return type(value)(cut(item, rows, start, stop) for item in value)
-    if isinstance(value, tuple):
-        return type(value)(*(cut(item, rows, start, stop) for item in value))
-    if isinstance(value, Mapping):
-        items = {key: cut(item, rows, start, stop) for key, item in value.items()}
-        if type(value) is dict:
-            return items
-        filled: Any = copy(value)
-        for key, item in items.items():
-            filled[key] = item
-        return filled
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(
-            value, **{f.name: cut(getattr(value, f.name), rows, start, stop) for f in fields(value) if f.init}
-        )
-    return value
+
+    def column(one: Any) -> bool:
+        return isinstance(one, list) and len(one) == rows and not any(isinstance(item, Tensor) for item in one)
+
+    def piece(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf[start:stop].clone() if leaf.dim() and leaf.shape[0] == rows else leaf
+        return leaf[start:stop] if column(leaf) else leaf
+
+    return map_leaves(piece, value, column)

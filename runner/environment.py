@@ -14,7 +14,7 @@ from typing import Any
 
 _PACKAGES = (
     "runner", "torch", "hydra-core", "omegaconf", "safetensors", "tensorboard", "numpy", "transformers", "tokenizers",
-    "datasets",
+    "datasets", "deepspeed", "torchao",
 )  # fmt: skip
 _DIFF_LIMIT = 1_000_000
 

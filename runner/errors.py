@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
+from pathlib import PurePath
+from types import NoneType
 from typing import Any
+
+#: Words in a key whose value is nobody else's business.
+_SECRET = re.compile(r"(token|password|secret|key)$", re.IGNORECASE)
 
 _NO_VALUE: Any = type("NoValue", (), {"__repr__": lambda self: "<no value>", "__bool__": lambda self: False})()
 
@@ -56,7 +62,25 @@ class InputError(RunnerError):
 
     def __init__(self, *problems: Problem) -> None:
         self.problems = problems
-        super().__init__("; ".join(f"{p.key}: {p.why}" if p.key else p.why for p in problems))
+        super().__init__("; ".join(map(_line, problems)))
+
+
+def _line(problem: Problem) -> str:
+    """`key = value: why (fix: ...)`, as far as there is each, for a traceback or a log."""
+    about = "" if problem.key is None else f"{problem.key}{_shortly(problem)}: "
+    return f"{about}{problem.why}{f' (fix: {problem.fix})' if problem.fix else ''}"
+
+
+def _shortly(problem: Problem) -> str:
+    """` = value` for what is short and may be read by everybody; containers may hold secrets."""
+    value = problem.value
+    if not isinstance(value, (str, PurePath, float, int, NoneType)) or _SECRET.search(problem.key or ""):
+        return ""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return ""
+    plain = isinstance(value, str) and value != "" and value.isprintable() and value == value.strip()
+    text = str(value) if plain or not isinstance(value, str) else repr(value)
+    return f" = {text if len(text) <= 80 else f'{text[:60]}...{text[-15:]}'}"
 
 
 class TrainingStopped(RunnerError):

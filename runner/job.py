@@ -65,7 +65,7 @@ def work(plan: WorkPlan, ranks: Ranks = ALONE, store: Store | None = None) -> in
         signals.speaks = ranks.main
         try:
             if needs_group(plan.config, ranks):
-                device = "cuda" if torch.cuda.is_available() else "cpu"
+                device = "cuda" if plan.config["device"] != "cpu" and torch.cuda.is_available() else "cpu"
                 group = store if store is not None else distributed.store(ranks)
                 distributed.join(ranks, group, device, plan.config["launch"]["timeout"])
             if ranks.world_size > 1 and plan.report is None and plan.config["launch"]["threads"] is None:
@@ -99,30 +99,43 @@ def work(plan: WorkPlan, ranks: Ranks = ALONE, store: Store | None = None) -> in
 def _agreed(plan: WorkPlan, ranks: Ranks) -> tuple[Parts, Place]:
     """Checks, and finds the place. The first process does both before the others, so that downloads happen once.
 
-    Raises InputError, and Elsewhere in the processes that only hear of one.
+    Raises InputError, and Elsewhere in the processes that only hear of one; a fresh folder is gone then.
     """
-    parts, place, refused = None, None, None
+    parts, place, refused, remote = None, None, None, None
     if ranks.main:
         try:
             parts = check(plan.config, ranks)
             place = _place(plan, parts)
         except BaseException as error:
             refused = error
-    remote = None
     if parts is not None and plan.config["data"]["reader"] == "main":
         remote = (Remote.of(parts.train), None if parts.eval is None else Remote.of(parts.eval))
     told = None if place is None else ((place.folder.path, place.resume, place.fresh, place.finished), remote)
     told = distributed.broadcast(told)
+    if told is not None and not ranks.main:
+        (path, *rest), remote = told
+        try:
+            parts, place = check(plan.config, ranks, remote), Place(Bystander(path), *rest)
+        except BaseException as error:
+            refused = error
+    try:
+        _all_agree(refused, told is not None)
+    except BaseException:
+        if place is not None and place.fresh:
+            place.folder.discard()
+        raise
+    assert parts is not None
+    assert place is not None
+    return parts, place
+
+
+def _all_agree(refused: BaseException | None, begun: bool) -> None:
+    """Raises what this process refused, or Elsewhere where another one did. Without `begun` it was the first one."""
+    agreed = begun and all(distributed.gather(refused is None))
     if refused is not None:
         raise refused
-    if told is None:
-        raise Elsewhere("the first process found something wrong")
-    if ranks.main:
-        assert parts is not None
-        assert place is not None
-        return parts, place
-    (path, *rest), remote = told
-    return check(plan.config, ranks, remote), Place(Bystander(path), *rest)
+    if not agreed:
+        raise Elsewhere("another process found something wrong")
 
 
 def _in_folder(plan: WorkPlan, parts: Parts, place: Place, ranks: Ranks, signals: Signals, environment: Any) -> int:
@@ -138,6 +151,7 @@ def _in_folder(plan: WorkPlan, parts: Parts, place: Place, ranks: Ranks, signals
         redirect(own_log)
     run: Run | None = None
     try:
+        distributed.barrier()  # all logs are there: none is made again in a folder that the first process has discarded
         if fresh:
             folder.state("starting", step=0)
             _write_inputs(plan, folder)
@@ -345,7 +359,7 @@ def _failed(error: BaseException, run: Run | None, folder: RunFolder, plan: Work
     folder.state("failed", step=step, reason=what)
     folder.write_json("summary.json", {**_summary("failed", run, plan), "error": what})
     text = "".join(traceback.format_exception(error))
-    where = "before its first step" if run is None else f"after step {step}"
+    where = f"after step {step}" if step else "before its first step"
     told = f"{plan.config['name']} failed {where}"
     name = "error.txt" if ranks.world_size == 1 else f"error_rank_{ranks.rank}.txt"
     (folder.path / "logs" / name).write_text(text, encoding="utf-8")

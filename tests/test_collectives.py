@@ -38,6 +38,9 @@ def test_one_process_gives_itself() -> None:
     assert collectives.reduce(torch.tensor([True, False])).tolist() == [1, 0]
     assert collectives.reduce(torch.tensor([1, 2]), "mean", scale=2.0).tolist() == [2.0, 4.0]
     assert collectives.pad_across_processes(torch.ones(2, 2)).shape == (2, 2)
+    assert collectives.gather(3).tolist() == [3]
+    found = collectives.reduce({"n": 3, "x": [0.1, True], "word": "w"}, "mean", scale=2)
+    assert found == {"n": 6.0, "x": [0.2, 2.0], "word": "w"}
 
 
 def test_what_cannot_be_meant_is_refused() -> None:
@@ -122,6 +125,13 @@ def on_three() -> None:
     assert exact.dtype == torch.bfloat16
     assert exact.item() == 258  # 256 + 1 is 256 in bfloat16
 
+    assert collectives.reduce({"n": 2**53 + rank, "x": 0.1}) == {"n": 3 * 2**53 + 3, "x": pytest.approx(0.3, abs=1e-16)}
+    assert collectives.reduce((rank, rank), "mean") == (1.0, 1.0)
+    assert collectives.reduce(rank == 1, "max") is True
+    assert collectives.gather(rank).tolist() == [0, 1, 2]
+    assert collectives.gather(rank / 2).tolist() == [0, 0.5, 1]
+    check_what_differs_is_said_everywhere(rank)
+
     ragged = torch.ones(2, rank + 1)
     assert collectives.pad_across_processes(ragged, dim=1, pad_index=-1)[0].tolist() == [1] * (rank + 1) + [-1] * (
         2 - rank
@@ -131,6 +141,39 @@ def on_three() -> None:
     assert first[1].item() == 1
     assert collectives.pad_across_processes(torch.ones(rank)).shape == (2,)
     assert collectives.scatter_object([[i] for i in range(3)] if rank == 0 else None) == [rank]
+
+
+def check_what_differs_is_said_everywhere(rank: int) -> None:
+    """The same InputError on all, at once, however little a process's own value lets it know."""
+    boxes = torch.ones(1, 4)
+    nothing: list[Any] = []
+    calls: list[tuple[str, Any, str]] = [
+        (
+            "gather",
+            nothing if rank == 1 else [{"boxes": boxes}],
+            r"\[0\]\['boxes'\]: processes 0, 2: \[1, 4\] float32; process 1: nothing",
+        ),
+        ("gather", "none" if rank == 0 else boxes, r"\(process 0: nothing; processes 1, 2: \[1, 4\]"),
+        ("gather", {"a" if rank == 2 else "b": boxes}, r"\['b'\]: processes 0, 1.*\['a'\]: processes 0, 1: nothing"),
+        ("gather", boxes.long() if rank == 2 else boxes, r"process 2: \[1, 4\] int64"),
+        ("gather_either", nothing if rank == 0 else [boxes], r"process 0: nothing"),
+        ("gather_either", [boxes] * (rank + 1), r"\[2\]: processes 0, 1: nothing; process 2"),
+        ("pad_across_processes", nothing if rank == 0 else [boxes], r"process 0: nothing"),
+        ("pad_across_processes", boxes[0] if rank == 1 else boxes, r"process 1: \[4\]"),
+    ]
+    for word, value, said in calls:
+        arguments = (value, value) if word == "gather_either" else (value,)
+        with pytest.raises(InputError, match=said) as caught:
+            getattr(collectives, word)(*arguments)
+        assert len(set(distributed.gather(str(caught.value)))) == 1
+    one, two = boxes * rank, boxes.long() * rank
+    found = collectives.gather({"a": one, "b": two} if rank else {"b": two, "a": one})
+    assert list(found) == (["a", "b"] if rank else ["b", "a"])
+    assert (found["a"].dtype, found["b"].dtype) == (torch.float32, torch.int64)
+    assert found["b"][:, 0].tolist() == [0, 1, 2]
+    assert collectives.gather_either(nothing, nothing) == []
+    assert collectives.gather_either(nothing, ["a"] * rank) == ["a"] * 3
+    assert collectives.gather_either([one], None)[0].shape == (3, 4)
 
 
 def test_on_three_processes() -> None:

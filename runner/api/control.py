@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sized
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -37,21 +38,21 @@ def only(here: Callable[[], bool], function: Callable[..., Any]) -> Callable[...
 
 
 def split(inputs: Any, rank: int, world: int, padding: bool) -> Any:
-    """Process `rank`'s part of a list, tuple, dictionary of such, tensor or data set; the first ones get what is over.
+    """Process `rank`'s part of a list, range, array, tensor, data set or mapping of such; the first ones get the rest.
 
     With `padding` the last item is repeated until all parts are as long as the first.
     """
     if world == 1:
         return inputs
-    if isinstance(inputs, dict):
+    if isinstance(inputs, Mapping):
         lengths = {len(value) for value in inputs.values()}
         if len(lengths) > 1:
-            why = f"the values of the dictionary have different lengths: {sorted(lengths)}"
+            why = f"the values of the {type(inputs).__name__} have different lengths: {sorted(lengths)}"
             raise wrong("split_between_processes", why, "give values of one length")
-        return {key: split(value, rank, world, padding) for key, value in inputs.items()}
+        return collectives.refilled(inputs, [split(value, rank, world, padding) for value in inputs.values()])
     if not isinstance(inputs, Sized):
         why = f"a {type(inputs).__name__} has no length"
-        raise wrong("split_between_processes", why, "give a list, tuple, dictionary, tensor or data set")
+        raise wrong("split_between_processes", why, "give a list, tuple, mapping, array, tensor or data set")
     each, over = divmod(len(inputs), world)
     start = rank * each + min(rank, over)
     stop = start + each + (rank < over)
@@ -61,8 +62,13 @@ def split(inputs: Any, rank: int, world: int, padding: bool) -> Any:
         last = inputs[-1:].expand(missing, *inputs.shape[1:]) if len(inputs) else inputs
         return torch.cat([own, last]) if missing else own
     sequence: Any = inputs
-    if isinstance(inputs, (list, tuple, str)):
+    if isinstance(inputs, range):
+        return [*inputs[start:stop], *[*inputs[-1:]] * missing] if missing else inputs[start:stop]
+    if isinstance(inputs, (list, tuple, str, bytes)):
         return sequence[start:stop] + sequence[-1:] * missing
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(inputs, numpy.ndarray):
+        return numpy.concatenate([inputs[start:stop], *[inputs[-1:]] * missing])
     indices = [*range(start, stop), *([len(inputs) - 1] * missing if len(inputs) else [])]
     # A Hugging Face data set stays one; any other becomes a view of these samples.
     return inputs.select(indices) if hasattr(inputs, "select") else torch.utils.data.Subset(inputs, indices)  # type: ignore[arg-type]

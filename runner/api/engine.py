@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,14 @@ from runner.api.optimizer import PreparedOptimizer
 from runner.api.scheduler import PreparedScheduler
 from runner.api.tracking import Tracking, build_trackers
 from runner.api.window import Flow
-from runner.engine.backend import Backend
+from runner.debugging import CollectiveWatch, explain, standing
+from runner.engine.backend import Backend, Handle
 from runner.engine.model_state import ModelState
 from runner.errors import wrong
 from runner.train.schedules import Schedule
+
+#: Seconds that a process waits at its exit for the others.
+_MOMENT = 5.0
 
 
 class DistributedType(StrEnum):
@@ -66,6 +71,7 @@ class Engine:
         trackers, log_with: "jsonl", "tensorboard", "all", a tracker, or a list of these.
         device_placement: whether batches are put on the device.
         timeout: seconds that a collective may wait for another process.
+        debug: tells what was decided, and checks before each collective that all processes call the same.
 
     Example:
         engine = Engine(accumulation_steps=4, precision="bf16")
@@ -102,6 +108,7 @@ class Engine:
         log_with: Any = None,
         device_placement: bool = True,
         timeout: float = 1800.0,
+        debug: bool = False,
         **unknown: Any,
     ) -> None:
         if unknown:
@@ -125,6 +132,7 @@ class Engine:
             timeout=timeout,
             project_dir=None if project_dir is None else str(project_dir),
             trackers=options.one_of_two("trackers", trackers, "log_with", log_with, None),
+            debug=debug,
         )
         build_trackers(self._options.trackers)
         self._ranks = group.ranks_here()
@@ -136,9 +144,13 @@ class Engine:
         found = options.build_backend(self._options, self._device, self._ranks)
         self._owns_group = False
         if (found.grouped or self._ranks.world_size > 1) and not distributed.joined():
-            group.join(self._ranks, self._device.type, self._options.timeout)
+            self._store = group.join(self._ranks, self._device.type, self._options.timeout)
             self._owns_group = True
             _leave_at_exit(self)
+        self._watch = None
+        if self._options.debug:
+            self._watch = CollectiveWatch(min(60.0, self._options.timeout)).install()
+            explain([standing(self._device), f"precision {self.precision}"], _say)
         return found
 
     def _begin(self, backend: Backend) -> None:
@@ -173,47 +185,66 @@ class Engine:
         return found[0] if len(found) == 1 else tuple(found)
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        """`prepare` for one model."""
+        """`prepare` for one model.
+
+        Example:
+            model = engine.prepare_model(model)
+        """
         return self.prepare(model)
 
     def prepare_optimizer(self, optimizer: Optimizer) -> PreparedOptimizer:
-        """`prepare` for one optimizer."""
+        """`prepare` for one optimizer.
+
+        Example:
+            optimizer = engine.prepare_optimizer(torch.optim.AdamW(model.parameters()))
+        """
         return self.prepare(optimizer)
 
     def prepare_data_loader(self, loader: DataLoader[Any]) -> Loader:
-        """`prepare` for one loader."""
+        """`prepare` for one loader.
+
+        Example:
+            loader = engine.prepare_data_loader(DataLoader(dataset, batch_size=8, shuffle=True))
+        """
         return self.prepare(loader)
 
     def prepare_scheduler(self, scheduler: Any) -> PreparedScheduler:
-        """`prepare` for one scheduler."""
+        """`prepare` for one scheduler.
+
+        Example:
+            scheduler = engine.prepare_scheduler(torch.optim.lr_scheduler.StepLR(optimizer, 10))
+        """
         return self.prepare(scheduler)
 
     def _adopt(self, models: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> None:
         """Gives models and optimizers that are new, and optimizers that waited for such a model, to the backend."""
         known = {id(own) for own, _ in self._models}
         fresh = list({id(model): model for model in models if id(model) not in known}.values())
-        for model in fresh:
-            self._owned |= {id(p) for p in model.parameters()}
+        owned = self._owned | {id(p) for model in fresh for p in model.parameters()}
         asked = {id(one.optimizer) for one in self._optimizers}
-        waiting = [one for one in self._optimizers if one.handle is None]
-        for optimizer in {id(one): one for one in optimizers if id(one) not in asked}.values():
-            wrapped = PreparedOptimizer(optimizer, self._gradients)
-            self._optimizers.append(wrapped)
-            self._gradients.optimizers.append(wrapped)
-            waiting.append(wrapped)
-        ready = [one for one in waiting if all(id(p) in self._owned for p in one.parameters())]
-        if not fresh and not ready:
-            return
-        for model in fresh:
-            _same_everywhere(model)
+        others = {id(one): one for one in optimizers if id(one) not in asked}.values()
+        added = [PreparedOptimizer(optimizer, self._gradients) for optimizer in others]
+        waiting = [one for one in (*self._optimizers, *added) if one.handle is None]
+        ready = [one for one in waiting if all(id(p) in owned for p in one.parameters())]
         before = [list(model.parameters()) for model in fresh]
-        placed, handles = self._backend.adopt(fresh, [one.optimizer for one in ready])
+        placed: list[nn.Module] = []
+        handles: list[Handle] = []
+        if fresh or ready:
+            for model in fresh:
+                _same_everywhere(model)
+            placed, handles = self._backend.adopt(fresh, [one.optimizer for one in ready])
+            if self._options.debug:
+                explain(self._backend.describe(), _say)
+        # Only now, so that what the backend refuses leaves nothing behind.
+        self._owned = owned
+        self._optimizers += added
+        self._gradients.optimizers += added
         for own, tensors, module in zip(fresh, before, placed, strict=True):
             for old, new in zip(tensors, own.parameters(), strict=True):
                 self._owned.add(id(new))
                 if old is not new:
                     self._gradients.replaced[old] = new
-            prepared = PreparedModel(module, own, self._backend)
+            prepared = PreparedModel(module, own, self._backend, self._gradients)
             self._models.append((own, prepared))
             self._now.models.append(weakref.ref(prepared))
             self._held.models.append(ModelState(module))
@@ -285,8 +316,19 @@ class Engine:
         return bare(model, keep_compiled=keep_torch_compile)
 
     def get_state_dict(self, model: nn.Module) -> dict[str, Any]:
-        """The model's whole state under its own names, shards put together; all processes call it."""
-        return saving.whole_state(bare(model))
+        """The model's whole state under its own names, shards put together; all processes call it.
+
+        Example:
+            weights = engine.get_state_dict(model)  # on all processes
+            engine.save(weights, "weights.pt")  # on the first
+        """
+        own = bare(model)
+        placed = next((prepared.module for known, prepared in self._models if bare(known) is own), own)
+        kept = self._backend.kept()
+        if kept is not None and placed is self._backend.model:
+            # The model itself may be empty.
+            return saving.all_names(own, kept["model"].state_dict())
+        return saving.whole_state(own)
 
     def free_memory(self, *objects: Any) -> Any:
         """Lets go of everything that was prepared, and gives a None for each of `objects`.
@@ -298,23 +340,29 @@ class Engine:
         del objects
         for _, prepared in self._models:
             prepared.release()
-        scaler = getattr(self._backend, "scaler", None)
+        scaler = self._backend.scaler
         for one in self._optimizers:
             one.handle = None
         self._models, self._optimizers, self._schedulers, self._loaders = [], [], [], []
         tracking, even, steps = self._tracking, self.even_batches, self.gradient_accumulation_steps
+        records = self._held.records
         self._gradients.forget()
         self._begin(options.build_backend(self._options, self._device, self._ranks))
         if scaler is not None:
-            self._backend.scaler = scaler  # type: ignore[attr-defined]
+            self._backend.scaler = scaler
         self._tracking, self.even_batches, self.gradient_accumulation_steps = tracking, even, steps
+        self._held.records = records
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         return None if count == 1 else (None,) * count
 
     def clear(self, *objects: Any) -> Any:
-        """Another name of `free_memory`."""
+        """Another name of `free_memory`.
+
+        Example:
+            model, optimizer = engine.clear(model, optimizer)
+        """
         return self.free_memory(*objects)
 
     # --- gradients ---------------------------------------------------------------------------------------------------
@@ -347,7 +395,13 @@ class Engine:
             yield
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Around forward and backward passes whose gradients stay on this process until one outside of the block."""
+        """Around forward and backward passes whose gradients stay on this process until one outside of the block.
+
+        Example:
+            with engine.no_sync(model):
+                engine.backward(loss_function(model(first), targets))
+            engine.backward(loss_function(model(second), targets))  # the gradients of both travel
+        """
         return self._gradients.no_sync(model)
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
@@ -355,6 +409,10 @@ class Engine:
 
         Gradients are averaged over the processes. Inside of `accumulate` they are divided by the micro-batches of the
         window, so do not divide the loss yourself. `retain_graph=True` and the like go to torch.
+
+        Example:
+            loss = loss_function(model(inputs), targets)
+            engine.backward(loss)
         """
         self._gradients.backward(loss, **kwargs)
 
@@ -362,15 +420,32 @@ class Engine:
         """Scales gradients to a global norm of at most `max_norm`; returns the true norm before (0-d).
 
         Acts when gradients are synchronised; before, it returns 0 and changes nothing.
+
+        Example:
+            engine.backward(loss)
+            norm = engine.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
         """
         return self._gradients.clip_norm(parameters, float(max_norm), float(norm_type))
 
     def clip_grad_value_(self, parameters: Iterable[Tensor] | Tensor, clip_value: float) -> None:
-        """Limits each element of the true gradients to [-clip_value, clip_value], when they are synchronised."""
+        """Limits each element of the true gradients to [-clip_value, clip_value], when they are synchronised.
+
+        Example:
+            engine.backward(loss)
+            engine.clip_grad_value_(model.parameters(), 0.5)
+            optimizer.step()
+        """
         self._gradients.clip_values(parameters, float(clip_value))
 
     def unscale_gradients(self, optimizer: Any = None) -> None:
-        """Makes the gradients of one optimizer, of several or of all the true ones, to be looked at before the step."""
+        """Makes the gradients of one optimizer, of several or of all the true ones, to be looked at before the step.
+
+        Example:
+            engine.backward(loss)
+            engine.unscale_gradients(optimizer)
+            largest = max(p.grad.abs().max() for p in model.parameters())
+        """
         self._gradients.unscale(optimizer)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -384,7 +459,12 @@ class Engine:
 
     @property
     def sync_gradients(self) -> bool:
-        """Whether this micro-batch is the last of its step."""
+        """Whether this micro-batch is the last of its step.
+
+        Example:
+            if engine.sync_gradients:
+                progress.update(1)  # once a step, not once a micro-batch
+        """
         return self._gradients.synchronised
 
     @sync_gradients.setter
@@ -393,7 +473,11 @@ class Engine:
 
     @property
     def gradient_accumulation_steps(self) -> int:
-        """Micro-batches of a window; may be changed between steps."""
+        """Micro-batches of a window; may be changed between steps.
+
+        Example:
+            engine.gradient_accumulation_steps = 8  # from the next window on
+        """
         return self._accumulation
 
     @gradient_accumulation_steps.setter
@@ -412,7 +496,13 @@ class Engine:
 
     @property
     def optimizer_step_was_skipped(self) -> bool:
-        """Whether the last step of any optimizer changed nothing because of an overflow."""
+        """Whether the last step of any optimizer changed nothing because of an overflow.
+
+        Example:
+            optimizer.step()
+            if engine.optimizer_step_was_skipped:
+                engine.print("an overflow; the scale is now", engine.scaler.value)
+        """
         return any(one.step_was_skipped for one in self._optimizers)
 
     @contextmanager
@@ -420,6 +510,10 @@ class Engine:
         """Loaders see what is left, uneven, inside of the block; training over them neither hangs nor repeats samples.
 
         A process without a batch of its own trains on one that weighs nothing. `joinables` are not looked at.
+
+        Example:
+            with engine.join_uneven_inputs([model]):
+                for inputs, targets in loader: ...
         """
         before = self.even_batches
         self.even_batches = before if even_batches is None else even_batches
@@ -451,11 +545,12 @@ class Engine:
         """
         one = self._flow.latest()
         size, real = (None, None) if one is None else (one.share.size, one.share.real)
-        if not use_gather_object and collectives.tensors_in(input_data):
-            return collectives.gather(control.kept(input_data, size, real))
+        objects = input_data
         if real is not None and isinstance(input_data, (list, tuple)):
-            input_data = control.kept_items(input_data, size, real)
-        return collectives.gather_object(input_data)
+            objects = control.kept_items(input_data, size, real)
+        if use_gather_object:
+            return collectives.gather_object(objects)
+        return collectives.gather_either(control.kept(input_data, size, real), objects)
 
     # --- collectives -------------------------------------------------------------------------------------------------
 
@@ -503,62 +598,113 @@ class Engine:
 
     @property
     def process_index(self) -> int:
-        """This process's number, from 0 to `num_processes` - 1."""
+        """This process's number, from 0 to `num_processes` - 1.
+
+        Example:
+            torch.manual_seed(seed + engine.process_index)
+        """
         return self._ranks.rank
 
     @property
     def local_process_index(self) -> int:
-        """This process's number on its machine."""
+        """This process's number on its machine.
+
+        Example:
+            port = 9000 + engine.local_process_index  # another for each process of a machine
+        """
         return self._ranks.local_rank
 
     @property
     def num_processes(self) -> int:
-        """The processes of the job."""
+        """The processes of the job.
+
+        Example:
+            samples = len(loader) * batch_size * engine.num_processes
+        """
         return self._ranks.world_size
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is process 0."""
+        """Whether this is process 0.
+
+        Example:
+            if engine.is_main_process:
+                Path("report.txt").write_text(report)
+        """
         return self._ranks.rank == 0
 
     @property
     def is_local_main_process(self) -> bool:
-        """Whether this is the first process of its machine."""
+        """Whether this is the first process of its machine.
+
+        Example:
+            bar = tqdm(loader, disable=not engine.is_local_main_process)
+        """
         return self._ranks.local_rank == 0
 
     @property
     def is_last_process(self) -> bool:
-        """Whether this process has the highest number."""
+        """Whether this process has the highest number.
+
+        Example:
+            if engine.is_last_process:
+                print("the last of", engine.num_processes)
+        """
         return self._ranks.rank == self._ranks.world_size - 1
 
     @property
     def use_distributed(self) -> bool:
-        """Whether there is more than one process."""
+        """Whether there is more than one process.
+
+        Example:
+            if engine.use_distributed:
+                model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        """
         return self._ranks.world_size > 1
 
     @property
     def device(self) -> torch.device:
-        """Where this process's models and batches are."""
+        """Where this process's models and batches are.
+
+        Example:
+            mask = torch.zeros(8, device=engine.device)
+        """
         return self._device
 
     @property
     def backend(self) -> str:
-        """The backend that runs: single, ddp, fsdp or deepspeed."""
+        """The backend that runs: single, ddp, fsdp or deepspeed.
+
+        Example:
+            if engine.backend == "fsdp": ...
+        """
         return self._backend.name
 
     @property
     def precision(self) -> str:
-        """The precision by its own name."""
+        """The precision by its own name.
+
+        Example:
+            engine.print(engine.precision)  # bf16
+        """
         return self._options.precision.name
 
     @property
     def mixed_precision(self) -> str:
-        """The precision in Accelerate's words: "no", "fp16", "bf16" or "fp8"."""
+        """The precision in Accelerate's words: "no", "fp16", "bf16" or "fp8".
+
+        Example:
+            dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(engine.mixed_precision, torch.float32)
+        """
         return self.precision if self.precision in ("fp16", "bf16", "fp8") else "no"
 
     @property
     def distributed_type(self) -> DistributedType:
-        """How the processes work together; `str` of it is its value."""
+        """How the processes work together; `str` of it is its value.
+
+        Example:
+            engine.print(engine.distributed_type)  # MULTI_GPU
+        """
         sharded = {"fsdp": DistributedType.FSDP, "deepspeed": DistributedType.DEEPSPEED}
         if self._backend.name in sharded:
             return sharded[self._backend.name]
@@ -588,11 +734,17 @@ class Engine:
     @property
     def scaler(self) -> Any:
         """The loss scaling in use (its `value` is the scale), or None."""
-        found = getattr(self._backend, "scaler", None)
+        found = self._backend.scaler
         return found if found is not None and found.active else None
 
     def wait_for_everyone(self) -> None:
-        """Waits until all processes have come here."""
+        """Waits until all processes have come here.
+
+        Example:
+            engine.save(weights, "weights.pt")  # by the first process
+            engine.wait_for_everyone()
+            weights = torch.load("weights.pt")
+        """
         distributed.barrier()
 
     def main_process_first(self) -> AbstractContextManager[None]:
@@ -605,7 +757,12 @@ class Engine:
         return control.goes_first(self.is_main_process)
 
     def local_main_process_first(self) -> AbstractContextManager[None]:
-        """The block runs on the first process of each machine, then on the others."""
+        """The block runs on the first process of each machine, then on the others.
+
+        Example:
+            with engine.local_main_process_first():
+                dataset = download_to_local_disk()
+        """
         return control.goes_first(self.is_local_main_process)
 
     def on_main_process(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -618,11 +775,21 @@ class Engine:
         return control.only(lambda: self.is_main_process, function)
 
     def on_local_main_process(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Decorator: the function runs on the first process of each machine only."""
+        """Decorator: the function runs on the first process of each machine only.
+
+        Example:
+            @engine.on_local_main_process
+            def report(): ...
+        """
         return control.only(lambda: self.is_local_main_process, function)
 
     def on_last_process(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Decorator: the function runs on the last process only."""
+        """Decorator: the function runs on the last process only.
+
+        Example:
+            @engine.on_last_process
+            def report(): ...
+        """
         return control.only(lambda: self.is_last_process, function)
 
     def on_process(self, function: Any = None, process_index: int | None = None) -> Callable[..., Any]:
@@ -635,7 +802,12 @@ class Engine:
         return self._on(function, process_index, lambda index: self.process_index == index)
 
     def on_local_process(self, function: Any = None, local_process_index: int | None = None) -> Callable[..., Any]:
-        """Decorator: the function runs on one process of each machine only."""
+        """Decorator: the function runs on one process of each machine only.
+
+        Example:
+            @engine.on_local_process(local_process_index=1)
+            def report(): ...
+        """
         return self._on(function, local_process_index, lambda index: self.local_process_index == index)
 
     def _on(self, function: Any, index: int | None, here: Callable[[int], bool]) -> Callable[..., Any]:
@@ -657,12 +829,21 @@ class Engine:
         yield control.split(inputs, self.process_index, self.num_processes, apply_padding)
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """`print` on the first process of each machine only."""
+        """`print` on the first process of each machine only.
+
+        Example:
+            engine.print(f"epoch {epoch}: loss {loss.item():.4f}")
+        """
         if self.is_local_main_process:
             print(*args, **kwargs)
 
     def set_trigger(self) -> None:
-        """Raises a flag that `check_trigger` sees on all processes."""
+        """Raises a flag that `check_trigger` sees on all processes.
+
+        Example:
+            if too_bad(loss):  # on any process
+                engine.set_trigger()
+        """
         self._trigger = True
 
     def check_trigger(self) -> bool:
@@ -704,6 +885,9 @@ class Engine:
         """Writes a model's weights under its own names as `model.safetensors`; all processes call it.
 
         Larger than `max_shard_size`, they become `model-00001-of-00003.safetensors` ... and an index.
+
+        Example:
+            engine.save_model(model, "out")  # out/model.safetensors
         """
         weights = self.get_state_dict(model)
         if self.is_main_process:
@@ -711,11 +895,18 @@ class Engine:
         distributed.barrier()
 
     def register_for_checkpointing(self, *objects: Any) -> None:
-        """Objects with state_dict and load_state_dict that `save_state` saves too, in this order."""
+        """Objects with state_dict and load_state_dict that `save_state` saves too, in this order.
+
+        Example:
+            engine.register_for_checkpointing(average, counter)
+            engine.save_state("checkpoints")
+        """
         state.check_custom(objects)
         self._held.custom += [one for one in objects if all(one is not known for known in self._held.custom)]
 
-    def save_state(self, output_dir: str | Path | None = None, keep: int = 2) -> str:
+    def save_state(
+        self, output_dir: str | Path | None = None, keep: int = 2, *, safe_serialization: bool = True
+    ) -> str:
         """Saves models, optimizers, schedulers, loss scale, loaders' epochs, registered objects and random states.
 
         Writes OUTPUT_DIR/step_XXXXXXXX, complete or not at all, and returns OUTPUT_DIR, where the `keep` newest stay.
@@ -725,8 +916,13 @@ class Engine:
             engine.save_state("checkpoints")
             engine.load_state("checkpoints")  # in another process: the newest
         """
+        if not safe_serialization:
+            why = "a state is saved as safetensors and JSON, never by pickle"
+            raise wrong("safe_serialization", why, "leave it out", value=safe_serialization)
         folder = self._state_folder(output_dir)
         steps = max((one.taken for one in self._optimizers), default=0)
+        if self.is_main_process and (waiting := self._gradients.unfinished()):
+            state.warn_of_window(waiting)
         state.save(folder, self._state(), steps, keep)
         return str(folder)
 
@@ -734,6 +930,10 @@ class Engine:
         """Loads the newest of what `save_state` wrote to a folder, or one checkpoint by its path; returns that path.
 
         The same objects must have been prepared and registered in the same order. Random states come last.
+
+        Example:
+            engine.load_state("checkpoints")  # the newest
+            rest = engine.skip_first_batches(loader, batches_seen)
         """
         found = state.load(self._state_folder(input_dir), self._state())
         step = int(found.name.rpartition("_")[2])
@@ -741,6 +941,8 @@ class Engine:
             one.taken = step
         for scheduler in self._schedulers:
             scheduler.settle()
+        if self._tracking is not None:
+            self._tracking.resumed()
         return str(found)
 
     def _state_folder(self, folder: str | Path | None) -> Path:
@@ -753,10 +955,8 @@ class Engine:
     def _state(self) -> dict[str, Any]:
         for one in self._optimizers:
             one.driven()
-        named = self._held.named(getattr(self._backend, "scaler", None))
-        if hasattr(self._backend, "model"):
-            # A backend that keeps the one model and optimizer it can have answers for their state itself.
-            own = self._backend.state()
+        named = self._held.named(self._backend.scaler)
+        if (own := self._backend.kept()) is not None:
             named |= {"model_0": own["model"], "optimizer_0": own["optimizer"], "scaler": own["scaler"]}
             named["random"] = named.pop("random")
         return named
@@ -775,23 +975,39 @@ class Engine:
             engine = Engine(log_with="tensorboard", project_dir="runs")
             engine.init_trackers("first", config={"lr": 0.1})
         """
+        if init_kwargs:
+            fix = 'log_with=[runner.trackers.tensorboard.TensorBoard(seconds=1.0), "jsonl"]'
+            raise wrong("init_kwargs", "trackers take their options where they are made", fix, value=dict(init_kwargs))
         folder = Path(self.project_dir or ".") / project_name
-        self._tracking = Tracking(self._options.trackers, folder, config or {}, main=self.is_main_process)
+        self._tracking = Tracking(
+            self._options.trackers, folder, config or {}, self._held.records, main=self.is_main_process
+        )
 
     @property
     def trackers(self) -> list[Any]:
-        """The trackers that were started."""
+        """The trackers that were started.
+
+        Example:
+            for tracker in engine.trackers: ...
+        """
         return [] if self._tracking is None else list(self._tracking.by_name.values())
 
     def get_tracker(self, name: str, unwrap: bool = False) -> Any:
-        """A tracker by its name: "jsonl", "tensorboard", or that of your own."""
+        """A tracker by its name: "jsonl", "tensorboard", or that of your own.
+
+        Example:
+            writer = engine.get_tracker("tensorboard")
+        """
+        if unwrap and name in ("jsonl", "tensorboard"):
+            fix = "use its method log(record), or give log_with an object of your own"
+            raise wrong("unwrap", f"the tracker {name} has nothing inside to be used", fix, value=unwrap)
         known = {} if self._tracking is None else self._tracking.by_name
         if name not in known:
             fix = f"known are {', '.join(known)}" if known else "call init_trackers first"
             raise wrong("get_tracker", "there is no such tracker", fix, value=name)
         return known[name]
 
-    def log(self, values: Mapping[str, Any], step: int | None = None, split: str = "train", **kwargs: Any) -> None:
+    def log(self, values: Mapping[str, Any], step: int | None = None, split: str = "train") -> None:
         """Hands numbers to all trackers, on process 0. Without `step` calls are counted.
 
         Example:
@@ -803,13 +1019,20 @@ class Engine:
             self._tracking.log(values, step, split)
 
     def end_training(self) -> None:
-        """Closes the trackers, lets go of all objects and leaves the other processes; the last word of a script."""
+        """Closes the trackers, lets go of all objects and leaves the other processes; the last word of a script.
+
+        Example:
+            engine.save_model(model, "out")
+            engine.end_training()
+        """
         if self._tracking is not None:
             self._tracking.close()
             self._tracking = None
-        self._leave(together=True)
+        self._leave(lambda: distributed.leave(together=True))
 
-    def _leave(self, *, together: bool) -> None:
+    def _leave(self, how: Callable[[], None]) -> None:
+        if self._watch is not None:
+            self._watch.remove()
         self._flow = Flow()
         self._gradients.forget()
         for _, prepared in self._models:
@@ -818,8 +1041,9 @@ class Engine:
         self._held = state.Held()
         if self._owns_group:
             self._owns_group = False
+            self._backend.close()
             self._backend = None  # type: ignore[assignment]  # it may hold what still uses the group
-            distributed.leave(together=together)
+            how()
             self._backend = _Left(self._options.backend)  # type: ignore[assignment]
 
     @contextmanager
@@ -831,6 +1055,9 @@ class Engine:
                 step()
             engine.print(profiler.key_averages().table())
         """
+        if folder is not None and not isinstance(folder, (str, Path)):
+            why = f"a {type(folder).__name__} is no folder"
+            raise wrong("profile", why, "give the words of torch.profiler.profile: profile(record_shapes=True)")
         with torch.profiler.profile(**kwargs) as profiler:
             yield profiler
         if folder is not None:
@@ -845,7 +1072,7 @@ class Engine:
 
     def __setstate__(self, found: dict[str, Any]) -> None:
         self._options, self._ranks, self._device = found["options"], found["ranks"], found["device"]
-        self._owns_group = False
+        self._owns_group, self._watch = False, None
         self._begin(options.build_backend(self._options, self._device, self._ranks))
 
     def __repr__(self) -> str:
@@ -882,15 +1109,24 @@ class _Now:
 
 
 def _leave_at_exit(engine: Engine) -> None:
-    """A script that ends without end_training leaves in order too; after an error nobody is waited for."""
+    """A script that ends without end_training leaves in order too; after an error nobody is waited for.
+
+    Others are waited for a moment only: nobody knows here whether the script has ended or one process has by sys.exit.
+    """
     kept = weakref.ref(engine)
 
     def leave() -> None:
         one = kept()
         if one is not None and one._owns_group:
-            one._leave(together=not hasattr(sys, "last_value") and not hasattr(sys, "last_exc"))
+            failed = hasattr(sys, "last_value") or hasattr(sys, "last_exc")
+            store = one._store
+            one._leave(partial(distributed.leave, together=False) if failed else lambda: group.leave(store, _MOMENT))
 
     atexit.register(leave)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _known() -> list[str]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
 from runner.api.optimizer import PreparedOptimizer
 from runner.api.window import Flow, Window
 from runner.engine.backend import Backend
 from runner.errors import wrong
+
+#: What torch's backward takes beside the gradient of the loss itself.
+_BACKWARD = ("retain_graph", "create_graph", "inputs")
 
 
 class Gradients:
@@ -32,6 +36,8 @@ class Gradients:
         self._window: Window | None = None
         self._weight: Any = None
         self._in_block = 0  # backward passes in the present block
+        self._staying = 0  # blocks of no_sync around the present moment
+        self._stayed = False  # whether there was one since the last backward outside of them
         self._stepped: set[int] = set()
         self._overflowed = False
 
@@ -45,9 +51,26 @@ class Gradients:
     def pending(self) -> bool:
         """Whether gradients of earlier micro-batches of a step that is still to come must stay."""
         window = self._window
-        if window is None or window.size <= 1 or window.backwards == 0:
+        if window is None:
+            return any(one.unfinished for one in self._windows.values())
+        if window.size <= 1 or window.backwards == 0:
             return False
         return not (window.last and self._in_block)
+
+    def unfinished(self) -> int:
+        """Micro-batches whose gradients wait, outside of a block too, for a step that is still to come."""
+        return max((window.unfinished for window in self._windows.values()), default=0)
+
+    def zero(self, model: nn.Module, set_to_none: bool) -> bool:
+        """`zero_grad` of a prepared model, for the optimizers that step no other's. Whether all of it is to go."""
+        own = {id(p) for p in model.parameters()}
+        for optimizer in self.optimizers:
+            if optimizer.handle is not None and all(id(p) in own for p in optimizer.handle.parameters):
+                optimizer.zero_grad(set_to_none)
+        if self.pending():
+            return False
+        self.backend.forget(model)
+        return True
 
     # --- windows -----------------------------------------------------------------------------------------------------
 
@@ -74,19 +97,30 @@ class Gradients:
 
     def _drop(self) -> None:
         """Forgets gradients of a window that a loop has left unfinished."""
-        forget = getattr(self.backend, "forget", None)
-        if forget is not None:
-            forget()
+        self.backend.forget()
         for optimizer in self.optimizers:
             optimizer.drop()
 
     @contextmanager
     def no_sync(self, model: nn.Module) -> Iterator[None]:
-        # The words of DistributedDataParallel, where a placed model has them, concern that model alone.
-        own = getattr(getattr(model, "module", model), "no_sync", None)
-        context: AbstractContextManager[Any] = own() if own is not None else self.backend.accumulate(False)
-        with context:
-            yield
+        placed = getattr(model, "module", model)
+        # The words of DistributedDataParallel concern that model alone.
+        own: Any = placed.no_sync if isinstance(placed, DistributedDataParallel) else None
+        context: AbstractContextManager[Any] = self.backend.accumulate(False) if own is None else own()
+        self._staying += 1
+        try:
+            with context:
+                yield
+        finally:
+            self._staying -= 1
+            self._stayed = True
+
+    def _travelling(self) -> AbstractContextManager[Any]:
+        """Around a backward: outside of `no_sync` gradients travel, and those that had stayed, as the window wants."""
+        if self._staying or (self._window is not None and not self._stayed):
+            return nullcontext()
+        self._stayed = False
+        return self.backend.accumulate(self._window is None or self._window.last)
 
     def forget(self) -> None:
         """Drops all that belongs to a loop."""
@@ -99,6 +133,9 @@ class Gradients:
 
     def backward(self, loss: Tensor, **options: Any) -> None:
         _check_loss(loss)
+        for word in options:
+            if word not in _BACKWARD:
+                raise wrong("backward", f"torch's backward takes no {word} here", f"known are {', '.join(_BACKWARD)}")
         if self._window is None:
             self.synchronised = True
             if not self.flow.live():
@@ -110,14 +147,8 @@ class Gradients:
         if loss.dtype in (torch.float16, torch.bfloat16):
             loss = loss.float()  # the factor holds the loss scale, which float16 does not
         tensor = None if factor is None else torch.as_tensor(factor, dtype=loss.dtype, device=loss.device)
-        if not options:
-            self.backend.backward(loss, tensor)
-            return
-        scaler = getattr(self.backend, "scaler", None)
-        if scaler is None:
-            why = f"the backend {self.backend.name} takes no {', '.join(options)}"
-            raise wrong("backward", why, "call backward(loss) alone")
-        (loss * scaler.scale(torch.ones_like(loss) if tensor is None else tensor)).backward(**options)
+        with self._travelling():
+            self.backend.backward(loss, tensor, **options)
 
     def _factor(self) -> Any:
         """What a loss is multiplied with; the backend averages over the processes, hence their number."""
@@ -135,12 +166,6 @@ class Gradients:
 
     # --- the loss scale ----------------------------------------------------------------------------------------------
 
-    def rearm(self, optimizer: PreparedOptimizer) -> None:
-        """Lets an optimizer step again before the scale is updated (a critic, several times a batch)."""
-        scaler = getattr(getattr(self.backend, "scaler", None), "_scaler", None)
-        if scaler is not None and id(optimizer) in self._stepped and optimizer.overflow is None:
-            scaler._per_optimizer_states.pop(id(optimizer.optimizer), None)
-
     def stepped(self, optimizer: PreparedOptimizer, skipped: bool) -> None:
         self._stepped.add(id(optimizer))
         self._overflowed = self._overflowed or skipped
@@ -157,7 +182,7 @@ class Gradients:
     # --- clipping ----------------------------------------------------------------------------------------------------
 
     def clip_norm(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float) -> Tensor:
-        wanted, owners, rest = self._owners(parameters)
+        wanted, owners, rest = self._owners(parameters, "clip_grad_norm_")
         if not self.synchronised:
             return torch.zeros((), device=self.backend.device)
         for optimizer in owners:
@@ -166,6 +191,8 @@ class Gradients:
         if not whole:
             return _clip_some(wanted.values(), max_norm, norm_type)
         handles = [optimizer.driven() for optimizer in owners]
+        if not handles:
+            return torch.zeros((), device=self.backend.device)
         if len(handles) == 1:
             return handles[0].clip(max_norm).detach().clone()
         norm = torch.linalg.vector_norm(torch.stack([handle.norm() for handle in handles]))
@@ -174,7 +201,7 @@ class Gradients:
         return norm
 
     def clip_values(self, parameters: Iterable[Tensor], most: float) -> None:
-        wanted, owners, rest = self._owners(parameters)
+        wanted, owners, rest = self._owners(parameters, "clip_grad_value_")
         if not self.synchronised:
             return
         for optimizer in owners:
@@ -195,14 +222,21 @@ class Gradients:
                 one.unscale()
 
     def _owners(
-        self, parameters: Iterable[Tensor] | Tensor
+        self, parameters: Iterable[Tensor] | Tensor, word: str
     ) -> tuple[dict[int, Tensor], list[PreparedOptimizer], list[Tensor]]:
-        """(parameters by identity, the optimizers that step some of them, those with a gradient that none steps)."""
+        """(parameters by identity, the optimizers that step some of them, those with a gradient that none steps).
+
+        Raises InputError where there is neither.
+        """
         given = [parameters] if isinstance(parameters, Tensor) else parameters
         wanted = {id(tensor): tensor for tensor in (self.replaced.get(one, one) for one in given)}
         owners = [one for one in self.optimizers if any(id(p) in wanted for p in one.parameters())]
         owned = {id(p) for one in owners for p in one.parameters()}
-        return wanted, owners, [p for key, p in wanted.items() if key not in owned and p.grad is not None]
+        rest = [p for key, p in wanted.items() if key not in owned and p.grad is not None]
+        if wanted and not owners and not rest:
+            why = "none of these parameters is stepped by a prepared optimizer, and none has a gradient"
+            raise wrong(word, why, "give the prepared model's: model.parameters()")
+        return wanted, owners, rest
 
 
 def _within(optimizer: PreparedOptimizer, wanted: dict[int, Tensor]) -> bool:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sized
 from copy import copy
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler
 
 from runner import collectives, distributed
-from runner.api.sampling import Epoch, Marked, SeededSampler, Shard, SharedStream, reseed
+from runner.api.sampling import Epoch, Marked, OrderedSampler, Shard, SharedStream, Turn, reseed
 from runner.api.window import Flow, Pass, Share, closing
 from runner.data.loader import to_device
 from runner.errors import RunnerError, wrong
+
+_log = logging.getLogger("runner")
 
 _Rounds = Iterator[tuple[Any, Share]]
 
@@ -31,6 +34,14 @@ class Sharing:
     split: bool = False
     dispatch: bool | None = None
     seed: int | None = None
+
+
+class Reader(NamedTuple):
+    """What one pass reads through; passes that are under way at the same time have one each."""
+
+    inner: DataLoader[Any]
+    shard: Shard | None
+    turn: Turn
 
 
 class Loader(DataLoader[Any]):
@@ -51,20 +62,17 @@ class Loader(DataLoader[Any]):
         self.__dict__.update(source.__dict__)
         self._source, self._sharing, self._flow = source, sharing, flow
         self._even, self._training = even, training
-        self._epoch = Epoch()
         self._skip = 0
-        self._underway: Pass | None = None
         self._streams = isinstance(source.dataset, IterableDataset)
         dispatch = self._streams if sharing.dispatch is None else sharing.dispatch
         self._agreed = False
         self._dispatches = dispatch and sharing.world > 1 and not self._shards_itself()
-        self._generator: torch.Generator | None = None
-        self._shard: Shard | None = None
-        self._inner = self._share_out(self._ordered(source))
+        self._epoch = Epoch(self._base())
         #: What workers' seeds are drawn from, where they follow from the seed: torch's own generator is left alone.
-        self._workers: torch.Generator | None = None
-        if sharing.seed is not None and self._inner.generator is None:
-            self._inner.generator = self._workers = torch.Generator()
+        self._workers = torch.Generator() if sharing.seed is not None and source.generator is None else None
+        first = self._reader()
+        self._inner, self._shard = first.inner, first.shard
+        self._idle = [first]
         _show(self, self._inner)
 
     # --- what it is made of ------------------------------------------------------------------------------------------
@@ -76,46 +84,64 @@ class Loader(DataLoader[Any]):
             return bool(sampler.num_replicas == self._sharing.world)
         return self._streams and _shards(self._source.dataset) >= self._sharing.world > 1
 
-    def _ordered(self, source: DataLoader[Any]) -> DataLoader[Any]:
-        """The loader with an order that all processes agree on, and that follows from the seed where there is one."""
-        sharing = self._sharing
-        if self._streams or (sharing.seed is None and (sharing.world == 1 or self._dispatches)):
-            return source
-        held = source.batch_sampler
-        sampler: Any = getattr(held, "sampler", None) if held is not None else source.sampler
-        if sampler is None or not hasattr(sampler, "generator") or isinstance(sampler, DistributedSampler):
-            return source
+    def _sampler(self) -> Any:
+        """The sampler that gives the samples' order, where it is one that draws and the processes have to agree."""
+        held: Any = self._source.batch_sampler
+        sampler = getattr(held, "sampler", None) if held is not None else self._source.sampler
+        drawn = hasattr(sampler, "generator") and not isinstance(sampler, DistributedSampler)
+        return sampler if drawn and not self._streams else None
+
+    def _base(self) -> int | None:
+        """What the order follows beside the epoch, the same on all processes; None: what one process draws."""
+        sampler, sharing = self._sampler(), self._sharing
+        if sampler is None:
+            return None
         if sampler.generator is not None:
             # The user's own order; its state must be the same everywhere.
             sampler.generator.set_state(distributed.broadcast(sampler.generator.get_state()))
+            return None
+        if sharing.seed is not None or sharing.world == 1 or self._dispatches:
+            return sharing.seed
+        return int(distributed.broadcast(int(torch.empty((), dtype=torch.int64).random_())))
+
+    def _reader(self) -> Reader:
+        """All that one pass changes while it goes on, made anew."""
+        turn = Turn()
+        if not self._streams:
+            inner, shard = self._share_out(self._ordered(turn))
+        else:
+            known = self.__dict__.get("_inner")
+            inner, shard = copy(self._stream(copy(self._source)) if known is None else known), None
+        inner.__dict__["_iterator"] = None
+        if self._workers is not None:
+            inner.generator = self._workers
+        return Reader(inner, shard, turn)
+
+    def _ordered(self, turn: Turn) -> DataLoader[Any]:
+        """The user's loader with an order that all processes agree on, and that can be had again."""
+        source, sampler = self._source, self._sampler()
+        if sampler is None or sampler.generator is not None:
             return source
         plain = isinstance(sampler, RandomSampler) and not sampler.replacement
-        if sharing.seed is not None and plain and sampler.num_samples == len(source.dataset):  # type: ignore[arg-type]
-            sampler = SeededSampler(sampler.num_samples, sharing.seed, self._epoch)
-        else:
-            sampler = copy(sampler)
-            sampler.generator = self._generator = torch.Generator()
-            number = int(torch.empty((), dtype=torch.int64).random_())
-            self._generator.manual_seed(distributed.broadcast(number))
-        return _with_sampler(source, sampler)
+        if plain and sampler.num_samples == len(source.dataset):  # type: ignore[arg-type]
+            return _with_sampler(source, OrderedSampler(sampler.num_samples, turn))
+        turn.sampler = copy(sampler)
+        return _with_sampler(source, turn.sampler)
 
-    def _share_out(self, source: DataLoader[Any]) -> DataLoader[Any]:
+    def _share_out(self, source: DataLoader[Any]) -> tuple[DataLoader[Any], Shard | None]:
         """The loader that this process iterates."""
         sharing = self._sharing
         inner = copy(source)
-        inner.__dict__["_iterator"] = None
-        if self._streams:
-            return self._stream(inner)
         if self._shards_itself() or self._dispatches:
-            return inner
+            return inner, None
         batches: Any = source.batch_sampler if source.batch_sampler is not None else source.sampler
-        if sharing.split and sharing.world > 1:
+        split = sharing.split and sharing.world > 1
+        if split:
             _check_split(batches, sharing.world)
         drop_last = bool(getattr(batches, "drop_last", False))
-        split = sharing.split and sharing.world > 1
-        self._shard = Shard(batches, sharing.rank, sharing.world, split=split, even=self._even, drop_last=drop_last)
-        inner.__dict__["batch_sampler" if source.batch_sampler is not None else "sampler"] = self._shard
-        return inner
+        shard = Shard(batches, sharing.rank, sharing.world, split=split, even=self._even, drop_last=drop_last)
+        inner.__dict__["batch_sampler" if source.batch_sampler is not None else "sampler"] = shard
+        return inner, shard
 
     def _stream(self, inner: DataLoader[Any]) -> DataLoader[Any]:
         sharing = self._sharing
@@ -148,17 +174,23 @@ class Loader(DataLoader[Any]):
 
     def _whole_length(self) -> int:
         if not self._dispatches:
-            if self._shard is not None:
-                self._shard.company = False
-                return len(self._shard)
-            return len(self._inner)
+            return len(self._inner if self._shard is None else self._shard)
         batches = len(self._inner)
         if self._sharing.split:
-            return batches
+            return batches - (not self._even() and self._samples_of_the_last(batches) <= self._sharing.rank)
         rounds, rest = divmod(batches, self._sharing.world)
         if self._inner.drop_last:
             return rounds
         return rounds + ((rest > 0) if self._even() else (self._sharing.rank < rest))
+
+    def _samples_of_the_last(self, batches: int) -> int:
+        """How many samples the last of all batches holds; a full batch's where that is not known."""
+        held: Any = self._inner.batch_sampler
+        samples = self._inner.dataset if self._streams else getattr(held, "sampler", None)
+        size = getattr(held, "batch_size", None) or self._sharing.world
+        if self._inner.drop_last or not batches or not isinstance(samples, Sized):
+            return size
+        return len(samples) - (batches - 1) * size
 
     @property
     def total_batch_size(self) -> int:
@@ -178,8 +210,7 @@ class Loader(DataLoader[Any]):
 
     def set_epoch(self, epoch: int) -> None:
         """The next pass is that of `epoch`; a sampler or data set of the user's own that can be told, is told too."""
-        self._epoch.number = epoch
-        self._underway = None
+        self._epoch.set(epoch)
         held = self._source.batch_sampler
         for item in (held, getattr(held, "sampler", None), self._source.sampler, self._inner.dataset):
             if callable(tell := getattr(item, "set_epoch", None)):
@@ -189,57 +220,64 @@ class Loader(DataLoader[Any]):
         """This loader without its first `batches` batches, in its first pass only; both count epochs together."""
         other = copy(self)
         other.__dict__["_skip"] = self._skip + batches
-        inner = copy(self._inner)
-        inner.__dict__["_iterator"] = None
-        if self._shard is not None:
-            shard = copy(self._shard)
-            other.__dict__["_shard"] = shard
-            inner.__dict__["batch_sampler" if inner.batch_sampler is not None else "sampler"] = shard
-        other.__dict__["_inner"] = inner
-        _show(other, inner)
         return other
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands: the epoch, and the batches of it that this process has seen."""
-        under = self._underway
-        return {"epoch": self._epoch.number, "batches": 0 if under is None or under.closed else under.count}
+        """Where the loader stands: the epoch, the batches of it that this process has seen, and what orders follow."""
+        epoch = self._epoch
+        stands = {"epoch": epoch.number, "batches": 0, "base": epoch.base, "drawn": epoch.drawn}
+        if epoch.underway is None or epoch.underway[0].closed:
+            return stands
+        one, turn = epoch.underway
+        if one.count and not one.remaining():
+            return {**stands, "epoch": epoch.number + 1, "drawn": None}  # at its last batch: the next pass follows
+        return {**stands, "batches": turn.skipped + one.count, "drawn": turn.drawn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes to the epoch; the batches of it that were seen are left out by `Engine.skip_first_batches`."""
         self.set_epoch(state["epoch"])
+        epoch = self._epoch
+        epoch.drawn, epoch.goes_on = state.get("drawn"), state["batches"] > 0
+        if self._sharing.seed is None and state.get("base") is not None:
+            epoch.base = state["base"]
+        sampler = self._sampler()
+        unknown = sampler is not None and (sampler.generator is not None or epoch.base is None)
+        if epoch.goes_on and unknown and epoch.drawn is None and self._sharing.rank == 0:
+            _log.warning(
+                "load_state: the order of a loader that was in the middle of an epoch cannot be had again, and samples "
+                "may come twice or never: give Engine(seed=...), and no generator of your own, before you save"
+            )
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        if self._underway is not None and not self._underway.closed:
-            self._epoch.number += 1  # the pass before was left without being closed
-        self._underway = one = Pass(self._flow)
-        return self._passing(one)
+        reader = self._idle.pop() if self._idle else self._reader()
+        one = Pass(self._flow)
+        goes_on = self._epoch.next(one, reader.turn)
+        skip, self._skip = self._skip, 0
+        reader.turn.skipped = skip
+        return self._passing(one, reader, skip, goes_on)
 
-    def _passing(self, one: Pass) -> Iterator[Any]:
+    def _passing(self, one: Pass, reader: Reader, skip: int, goes_on: bool) -> Iterator[Any]:
         try:
             with closing(one):
-                if self._generator is not None and self._sharing.seed is not None:
-                    reseed(self._generator, self._epoch, self._sharing.seed, "order")
                 if self._workers is not None and self._sharing.seed is not None:
-                    reseed(self._workers, self._epoch, self._sharing.seed, "workers", self._sharing.rank)
-                skip, self._skip = self._skip, 0
+                    reseed(self._workers, self._sharing.seed, "workers", self._sharing.rank, reader.turn.epoch)
                 if self._dispatches:
-                    yield from self._dispatched(one, skip)
+                    yield from self._dispatched(one, reader, skip, goes_on)
                 else:
-                    yield from self._given(one, skip)
+                    yield from self._given(one, reader, skip, goes_on)
         finally:
-            if self._underway is one:
-                self._epoch.number += 1
-                self._underway = None
+            self._epoch.ended(one)
+            self._idle.append(reader)
 
     def _place(self, batch: Any) -> Any:
         return batch if self._sharing.device is None else to_device(batch, self._sharing.device)
 
     # --- where batches come from -------------------------------------------------------------------------------------
 
-    def _given(self, one: Pass, skip: int) -> Iterator[Any]:
+    def _given(self, one: Pass, reader: Reader, skip: int, goes_on: bool) -> Iterator[Any]:
         """Batches that this process reads itself, with a look ahead where nobody knows how many there are."""
         company = self._sharing.world > 1 and not self._even() and self._training()
-        rounds, length = self._read(skip, company), self._length(skip, company)
+        rounds, length = self._read(reader, skip, company, goes_on), self._length(skip, company)
         waiting: deque[tuple[Any, Share]] = deque()
         over = False
         while True:
@@ -267,18 +305,18 @@ class Loader(DataLoader[Any]):
         except TypeError:
             return None  # a sampler of the user's whose own parts have no length
 
-    def _read(self, skip: int, company: bool) -> _Rounds:
-        if self._shard is not None:
-            self._shard.skip, self._shard.company = skip, company
-            for batch in self._inner:
-                yield batch, self._shard.next_share()
+    def _read(self, reader: Reader, skip: int, company: bool, goes_on: bool) -> _Rounds:
+        if reader.shard is not None:
+            reader.shard.skip, reader.shard.company = skip, company
+            for batch in _begun(reader.inner, goes_on):
+                yield batch, reader.shard.next_share()
             return
-        own = self._own(skip)
+        own = self._own(reader, skip, goes_on)
         yield from self._in_company(own) if self._agreed and (self._even() or company) else own
 
-    def _own(self, skip: int) -> _Rounds:
-        marked = isinstance(self._inner.collate_fn, Marked)
-        for batch in islice(self._inner, skip, None):
+    def _own(self, reader: Reader, skip: int, goes_on: bool) -> _Rounds:
+        marked = isinstance(reader.inner.collate_fn, Marked)
+        for batch in islice(_begun(reader.inner, goes_on), skip, None):
             if marked:
                 batch, size, real = batch
                 yield batch, Share(size, real)
@@ -304,10 +342,10 @@ class Loader(DataLoader[Any]):
                 mine = item[0]
                 yield mine, item[1]._replace(active=self._counted(active))
 
-    def _dispatched(self, one: Pass, skip: int) -> Iterator[Any]:
+    def _dispatched(self, one: Pass, reader: Reader, skip: int, goes_on: bool) -> Iterator[Any]:
         """Batches that process 0 reads and sends."""
         company = not self._even() and self._training()
-        sent = self._sent(skip, company) if self._sharing.rank == 0 else None
+        sent = self._sent(_begun(reader.inner, goes_on), skip, company) if self._sharing.rank == 0 else None
         while True:
             message = collectives.scatter_object(next(sent) if sent is not None else None)
             if isinstance(message, str):
@@ -321,14 +359,14 @@ class Loader(DataLoader[Any]):
             if last:
                 return
 
-    def _sent(self, skip: int, company: bool) -> Iterator[list[Any]]:
+    def _sent(self, read: Iterator[Any], skip: int, company: bool) -> Iterator[list[Any]]:
         """A message for every process, round by round: (batch, its share, the shares to come, whether it is the last).
 
         An error travels as the message, so that nobody waits for what will not come.
         """
         world = self._sharing.world
         try:
-            rounds = islice(self._rounds(company), skip, None)
+            rounds = islice(self._rounds(read, company), skip, None)
             waiting = list(islice(rounds, 1 + max(1, self._flow.lookahead)))
             if not waiting:
                 yield [(None, None, [], True)] * world
@@ -345,14 +383,13 @@ class Loader(DataLoader[Any]):
             yield [f"{type(error).__name__}: {error}"] * world
             raise
 
-    def _rounds(self, company: bool) -> Iterator[list[tuple[Any, Share | None]]]:
+    def _rounds(self, batches: Iterator[Any], company: bool) -> Iterator[list[tuple[Any, Share | None]]]:
         """(batch, share) for each process."""
         world = self._sharing.world
         if self._sharing.split:
-            yield from (self._cut(batch, company) for batch in self._inner)
+            yield from (self._cut(batch, company) for batch in batches)
             return
         first: list[Any] = []
-        batches = iter(self._inner)
         while group := list(islice(batches, world)):
             if len(group) < world and self._inner.drop_last:
                 return
@@ -389,6 +426,16 @@ class Loader(DataLoader[Any]):
     def _counted(self, active: int) -> int | None:
         """Processes whose batch counts: with `even` also those that repeat samples."""
         return None if self._even() else active
+
+
+def _begun(inner: DataLoader[Any], goes_on: bool) -> Iterator[Any]:
+    """The loader's batches. A pass that goes on with another has drawn from torch's generator already, in that one."""
+    if goes_on:
+        with torch.random.fork_rng(devices=[]):
+            iterator = iter(inner)
+    else:
+        iterator = iter(inner)
+    yield from iterator
 
 
 def _show(loader: Loader, inner: DataLoader[Any]) -> None:

@@ -91,7 +91,7 @@ class PreparedOptimizer(Optimizer):
 
     def parameters(self) -> list[Tensor]:
         """Those that it was given, and those that a backend steps in their place."""
-        found = {id(p): p for p in getattr(self.handle, "parameters", ())}
+        found = {} if self.handle is None else {id(p): p for p in self.handle.parameters}
         return list((found | {id(p): p for group in self.optimizer.param_groups for p in group["params"]}).values())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -122,7 +122,6 @@ class PreparedOptimizer(Optimizer):
         """Makes the gradients the true ones and notes an overflow before anything is clipped."""
         assert self._gradients is not None
         handle = self.driven()
-        self._gradients.rearm(self)
         handle.unscale()
         if self._gradients.scaled and self.overflow is None:
             found = handle.not_finite()

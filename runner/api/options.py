@@ -44,7 +44,6 @@ class Options:
     backend_options: dict[str, Any] = field(default_factory=dict)
     precision: Precision = field(default_factory=lambda: PRECISIONS["fp32"])
     accumulation_steps: int = 1
-    device: str = "auto"
     seed: int | None = None
     device_placement: bool = True
     split_batches: bool = False
@@ -55,6 +54,20 @@ class Options:
     timeout: float = 1800.0
     project_dir: str | None = None
     trackers: Any = None
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises InputError for values that cannot be meant."""
+        for item in fields(self):
+            value = getattr(self, item.name)
+            allowed = (True, False, None) if item.name == "dispatch_batches" else (True, False)
+            if item.type.startswith("bool") and not any(value is one for one in allowed):
+                raise wrong(item.name, "is neither True nor False", "give one of them", value=value)
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
+            raise wrong("seed", "is not a whole number from 0 on", "seed=7, or leave it out", value=self.seed)
+        number = isinstance(self.timeout, (int, float)) and not isinstance(self.timeout, bool)
+        if not number or not 0 < self.timeout < float("inf"):
+            raise wrong("timeout", "is no number of seconds above 0", "timeout=1800", value=self.timeout)
 
 
 def refuse_unknown(unknown: Mapping[str, Any], known: list[str]) -> None:
@@ -102,6 +115,9 @@ def precision_of(precision: str | None, mixed: str | None, scaling: Mapping[str,
 
 def backend_of(backend: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """A backend's name and its options."""
+    if not isinstance(backend, (str, Mapping)):
+        fix = f'one of {", ".join(NAMES)}, or a mapping: {{"name": "fsdp", "blocks": ["Block"]}}'
+        raise wrong("backend", f"a {type(backend).__name__} is no backend", fix, value=backend)
     values = {"name": backend} if isinstance(backend, str) else dict(backend)
     name = values.pop("name", None)
     if name not in NAMES:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, Sampler
 
-from runner.api.window import Share
+from runner.api.window import Pass, Share
 from runner.data.order import Permutation
 from runner.keyed import keyed
 
@@ -18,30 +18,82 @@ _BLOCK = 65_536
 
 
 class Epoch:
-    """How many passes over a loader have begun before the present one; copies of the loader share it."""
+    """Where a loader stands: how many passes have begun before the present one; copies of the loader share it."""
+
+    def __init__(self, base: int | None) -> None:
+        self.number = 0
+        #: What the order of every pass follows beside its number; None: each pass draws its own.
+        self.base = base
+        #: The order that the next pass is to have, and whether it goes on with one that was interrupted.
+        self.drawn: int | None = None
+        self.goes_on = False
+        self.underway: tuple[Pass, Turn] | None = None
+
+    def next(self, one: Pass, turn: Turn) -> bool:
+        """Begins a pass. Whether it goes on with one that was interrupted."""
+        if self.underway is not None and not self.underway[0].closed:
+            self.number += 1  # the pass before is left without being closed, or is still under way
+        turn.begin(self.number, self.base, self.drawn)
+        self.underway = one, turn
+        goes_on, self.goes_on, self.drawn = self.goes_on, False, None
+        return goes_on
+
+    def ended(self, one: Pass) -> None:
+        if self.underway is not None and self.underway[0] is one:
+            self.number += 1
+            self.underway = None
+
+    def set(self, number: int) -> None:
+        """The next pass is that of `number`."""
+        if number != self.number:
+            self.drawn, self.goes_on = None, False
+        self.number, self.underway = number, None
+
+
+class Turn:
+    """What the order of one pass follows: (base, epoch), or a number that was drawn for it alone."""
 
     def __init__(self) -> None:
-        self.number = 0
+        self.epoch = 0
+        self.base: int | None = None
+        self.drawn: int | None = None
+        self.skipped = 0
+        #: A random sampler of another kind, whose generator follows (base, epoch) where there is a base.
+        self.sampler: Any = None
+
+    def begin(self, epoch: int, base: int | None, drawn: int | None) -> None:
+        self.epoch, self.base, self.drawn = epoch, base, drawn
+        if self.sampler is not None:
+            self.sampler.generator = None if base is None else torch.Generator()
+            if base is not None:
+                reseed(self.sampler.generator, base, "order", epoch)
 
 
-class SeededSampler(Sampler[int]):
-    """All indices of a data set in an order that is a function of (seed, epoch)."""
+class OrderedSampler(Sampler[int]):
+    """All indices of a data set in an order of its turn; without a base that which torch's own sampler would draw."""
 
-    def __init__(self, length: int, seed: int, epoch: Epoch) -> None:
-        self._length, self._seed, self._epoch = length, seed, epoch
+    def __init__(self, length: int, turn: Turn) -> None:
+        self._length, self._turn = length, turn
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[int]:
-        order = Permutation(self._length, self._seed, "order", self._epoch.number)
+        turn = self._turn
+        if turn.base is None or turn.drawn is not None:
+            if turn.drawn is None:
+                turn.drawn = int(torch.empty((), dtype=torch.int64).random_().item())
+            generator = torch.Generator().manual_seed(turn.drawn)
+            yield from torch.randperm(self._length, generator=generator).tolist()
+            return
+        order = Permutation(self._length, turn.base, "order", turn.epoch)
         for start in range(0, self._length, _BLOCK):
             yield from order(torch.arange(start, min(start + _BLOCK, self._length))).tolist()
 
 
-def reseed(generator: torch.Generator, epoch: Epoch, *key: int | str) -> None:
-    """Starts a generator as a function of the key and the epoch."""
-    generator.manual_seed(keyed(*key, epoch.number) % 2**63)
+def reseed(generator: torch.Generator, *key: int | str) -> None:
+    """Starts a generator as a function of the key."""
+    generator.manual_seed(keyed(*key) % 2**63)
 
 
 class Shard:
@@ -84,7 +136,7 @@ class Shard:
         rounds, rest = divmod(batches, self._world)
         if self._drop_last:
             return rounds
-        return rounds + ((rest > 0) if self._even() or self.company else (self._rank < rest))
+        return rounds + ((rest > 0) if self._even() else (self._rank < rest))
 
     def _no_piece_of_the_last(self, batches: int) -> bool:
         sampler = getattr(self.batches, "sampler", None)
@@ -106,8 +158,8 @@ class Shard:
             yield from self._round(group, first or group)
 
     def _round(self, group: list[Any], first: list[Any]) -> Iterator[tuple[Any, Share]]:
-        """This process's batch of a round of at most a batch for each process."""
-        even = self._even()
+        """This process's batch of a round of at most a batch for each process; one alone gets them as they are."""
+        even = self._even() and self._world > 1
         missing = self._world - len(group)
         active = None if even else len(group)
         if not even or not isinstance(group[0], list):

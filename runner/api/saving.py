@@ -26,6 +26,17 @@ def whole_state(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def all_names(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's whole state from one that has the same values in the same order, but tied ones once."""
+    values, known = iter(state.values()), {}
+    found = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor) or id(value) not in known:
+            known[id(value)] = next(values)
+        found[name] = known[id(value)]
+    return found
+
+
 def save_weights(state: Mapping[str, Any], folder: Path, max_shard_size: int | str, safe: bool) -> list[Path]:
     """Writes `model.safetensors`, or `model-00001-of-00003.safetensors` and so on with an index, and returns them.
 

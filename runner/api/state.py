@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from runner.api.tracking import Records
 from runner.checkpoint import Checkpointer, RandomState, find, latest
 from runner.engine.model_state import ModelState, OptimizerState
 from runner.errors import InputError, RunnerError, wrong
 from runner.train.schedules import Schedule
+
+_log = logging.getLogger("runner")
 
 
 class Held:
@@ -23,6 +27,7 @@ class Held:
         self.schedulers: list[Schedule] = []
         self.loaders: list[Any] = []
         self.custom: list[Any] = []
+        self.records = Records()
 
     def named(self, scaler: Any) -> dict[str, Any]:
         """In the order in which they are loaded: random states last."""
@@ -34,7 +39,8 @@ class Held:
             "custom": self.custom,
         }
         state = {f"{kind}_{number}": item for kind, items in kinds.items() for number, item in enumerate(items)}
-        return {**state, **({"scaler": scaler} if scaler is not None else {}), "random": RandomState()}
+        state |= {"scaler": scaler} if scaler is not None else {}
+        return {**state, "records": self.records, "random": RandomState()}
 
 
 def optimizer_state(models: Sequence[nn.Module], optimizer: Any) -> OptimizerState:
@@ -56,6 +62,15 @@ def check_custom(objects: Sequence[Any]) -> None:
         raise wrong("register_for_checkpointing", why, "give objects that have both")
 
 
+def warn_of_window(micro_batches: int) -> None:
+    """Says that a state is saved whose gradients are lost."""
+    _log.warning(
+        "save_state: in the middle of an accumulation window; the gradients of its first %d micro-batches are not "
+        "saved, and these count for nothing after load_state: save where engine.sync_gradients is true",
+        micro_batches,
+    )
+
+
 def save(folder: Path, state: Mapping[str, Any], step: int, keep: int) -> Path:
     """A checkpoint in `folder`, verified and complete when it appears."""
     return Checkpointer(folder, state, keep).save(step)
@@ -64,7 +79,7 @@ def save(folder: Path, state: Mapping[str, Any], step: int, keep: int) -> Path:
 def load(folder: Path, state: Mapping[str, Any]) -> Path:
     """Loads the latest checkpoint of `folder`, or the one that it is."""
     path = _latest(folder) or find(folder, "load_state")
-    Checkpointer(path.parent, state).load(path, convert=True)
+    Checkpointer(path.parent, state, optional=["records"]).load(path, convert=True)
     return path
 
 

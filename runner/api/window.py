@@ -110,7 +110,7 @@ class Window:
     def enter(self, flow: Flow, steps: int, processes: int, exact: int | None) -> bool:
         """Begins the next micro-batch. Whether what an earlier loop has left unfinished is to be dropped."""
         feeding = self._advanced(flow)
-        abandoned = self.count > 0 and any(one.closed and not one.finished for one in self._feeding)
+        abandoned = self.count > 0 and self._abandoned
         if abandoned or self.last:
             self.reset()
         if feeding or abandoned:
@@ -141,8 +141,18 @@ class Window:
             self.total = feeding[-1].active(self.size - 1, processes)
 
     @property
+    def _abandoned(self) -> bool:
+        """Whether the loop that fed it was left before its end."""
+        return any(one.closed and not one.finished for one in self._feeding)
+
+    @property
     def last(self) -> bool:
         return self.count >= self.size
+
+    @property
+    def unfinished(self) -> int:
+        """Micro-batches whose gradients wait for a step; 0 where the loop that gave them was left."""
+        return 0 if self.last or self._abandoned or not self.backwards else self.count
 
     def reset(self) -> None:
         self.count = self.size = self.backwards = 0

@@ -54,7 +54,8 @@ def write_checkpoint(
         save(
             dict(tensors),
             storage_writer=Writer(folder, draft, documents),
-            planner=DefaultSavePlanner(flatten_state_dict=False),
+            # What processes hold alike is the first one's: only its buffers (running means) count in training.
+            planner=DefaultSavePlanner(flatten_state_dict=False, dedup_save_to_lowest_rank=True),
             no_dist=_alone(),
         )
 

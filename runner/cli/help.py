@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from runner.recipe.schema import Config, Key, keys_of
+from runner.recipe.schema import Config, Key, elsewhere, keys_of, variants
 from runner.recipe.sources import RECIPE, Repository, search
 from runner.recipe.validate import describe, plain
 
@@ -84,6 +84,15 @@ def _keys(section: type, above: str) -> Iterator[str]:
             yield from _row(f"  {above}{key.name}", f"{key.help}{_kind(key)}", 26)
         if below is not None:
             yield from _keys(below, f"{above}{key.name}.")
+            yield from _options(below, f"{above}{key.name}")
+
+
+def _options(section: type, name: str) -> Iterator[str]:
+    """A line for every key that a section has under one of its names only."""
+    for kind in variants(section):
+        for key in keys_of(kind).values():
+            if names := elsewhere(section, key.name) if key.name not in keys_of(section) else []:
+                yield from _row(f"  {name}.{key.name}", f"{name}={names[0]}: {key.help}{_kind(key)}", 26)
 
 
 def _kind(key: Key) -> str:

@@ -136,10 +136,12 @@ def work(plan: WorkPlan | None, ranks: Ranks) -> int:
     try:
         code = do(plan, ranks, store)
     except Elsewhere as error:
-        return error.exit_code
+        code = error.exit_code
+        if plan.report is not None:
+            record(plan, ranks, error, code)
     except InputError as error:
-        return _refused(error, plan, ranks, store)
-    if code == 1 and store is not None and ranks.keep_store:
+        code = _refused(error, plan, ranks, store)
+    if code in (1, InputError.exit_code) and store is not None and ranks.keep_store:
         share(plan, ranks, store)
     return code
 

@@ -65,6 +65,8 @@ class Loader:
         self._device = torch.device(device)
         self._reader, self._readers = reader, readers
         self._fetch = Fetch(dataset, collate)
+        #: Whether fetching may draw from this process's random generators.
+        self.draws = not num_workers and (collate is not None or type(dataset) is not TensorDataset)
 
     def steps(self, first: int, stop: int) -> Iterator[StepBatches]:
         """The micro-batches of this process for the steps first, first + 1, … stop - 1 of the run, step by step."""

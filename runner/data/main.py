@@ -34,6 +34,10 @@ class _Failed:
     """Sent instead of batches where the first process could not read them."""
 
 
+class NotRead(RunnerError):
+    """Raised in the other processes where the first one could not read the data, and raises why."""
+
+
 class MainLoader:
     """A loader of all readers' micro-batches in the first process, of none elsewhere; each gets its own.
 
@@ -104,7 +108,7 @@ class MainLoader:
                     raise
             found = scatter(sent)
             if isinstance(found, _Failed):
-                raise RunnerError("the first process could not read the data")
+                raise NotRead("the first process could not read the data")
             if found is None:
                 return
             told, part = found

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from runner.engine.mesh import Mesh
 from runner.engine.model_state import trained_weights
 from runner.engine.precision import Precision
+from runner.engine.scaler import Scaler
 from runner.errors import Problem
 
 BuildModel = Callable[[], nn.Module]
@@ -38,10 +39,14 @@ class Update:
 class Handle(ABC):
     """One optimizer and the gradients it steps with: its words are separate here, `Backend.step` is all of them.
 
-    `parameters` are those of the optimizer. All words may be called on every micro-batch of every rank.
+    All words may be called on every micro-batch of every rank.
     """
 
     optimizer: torch.optim.Optimizer
+    #: Of the optimizer, as they are in the placed model.
+    parameters: Sequence[Tensor]
+    #: Whether a step is skipped on the device, so that the host need not look first.
+    device_decides = False
 
     @abstractmethod
     def unscale(self) -> None:
@@ -86,6 +91,8 @@ class Backend(ABC):
     grouped = False
     model: nn.Module
     handle: Handle
+    #: The loss scaling; None where the backend's library keeps its own.
+    scaler: Scaler | None = None
 
     def __init__(self, device: torch.device, precision: Precision, mesh: Mesh) -> None:
         self.device = device
@@ -123,10 +130,11 @@ class Backend(ABC):
         return nullcontext()
 
     @abstractmethod
-    def backward(self, loss: Tensor, factor: Tensor | None) -> Tensor:
+    def backward(self, loss: Tensor, factor: Tensor | None, **options: Any) -> Tensor:
         """Adds the gradient of factor * loss (both 0-d; no factor is 1) and returns factor * loss, detached.
 
-        Gradients are averaged over the mesh's data readers.
+        Gradients are averaged over the mesh's data readers. `options` are those of torch's own backward:
+        retain_graph, create_graph, inputs. Raises InputError for what the backend cannot do.
         """
 
     @abstractmethod
@@ -136,6 +144,10 @@ class Backend(ABC):
     @abstractmethod
     def state(self) -> Mapping[str, Any]:
         """Stateful objects by name (model, optimizer, scaler), keyed by parameter name inside."""
+
+    def kept(self) -> Mapping[str, Any] | None:
+        """`state()` of the one model that was adopted with its optimizer, where they cannot tell it themselves."""
+        return None
 
     def weights(self) -> dict[str, Tensor]:
         """The parameters that are trained, by the bare model's names: themselves, to be read and written in place.
@@ -152,8 +164,11 @@ class Backend(ABC):
         """Throws away what a forward and backward have left, also broken off by an error: all processes call it."""
         self.handle.zero()
 
-    def forget(self) -> None:
-        """Drops gradients that wait for the last micro-batch of a step that will not come."""
+    def forget(self, model: nn.Module | None = None) -> None:
+        """Drops gradients, of one model or all, that wait for the last micro-batch of a step that will not come."""
+
+    def close(self) -> None:
+        """Lets go of what needs the process group, before that ends; nothing is called afterwards."""
 
     def describe(self) -> list[str]:
         """Decisions on wrapping, sharding and precision, a line each, for `debug=true`."""

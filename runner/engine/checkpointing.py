@@ -71,7 +71,8 @@ def checkpoint_activations(model: nn.Module, how: str, names: Sequence[str] | No
 
 def _forward(block: nn.Module, inner: Callable[..., Any] | None, selective: bool, *args: Any, **kwargs: Any) -> Any:
     """The block's own forward, checkpointed where there will be a backward."""
-    call = type(block).forward.__get__(block) if inner is None else inner
+    # No bound method: where the compiler breaks off here, it would take that up again by its name, which is this one's.
+    call, args = (type(block).forward, (block, *args)) if inner is None else (inner, args)
     if not torch.is_grad_enabled():
         return call(*args, **kwargs)
     if torch.compiler.is_compiling():

@@ -53,6 +53,10 @@ class DDP(Single):
         self._comm_hook = comm_hook
         self._powersgd_rank = powersgd_rank
         self._wrapped: list[nn.parallel.DistributedDataParallel] = []
+        #: Whether there may be a backward without a forward before it.
+        self._kept_a_graph = False
+        #: Whether there was a backward, which is the one that a static graph is learnt from.
+        self._learnt = False
         #: Models whose first backward has shown that every parameter gets a gradient.
         self._seen: set[int] = set()
 
@@ -79,19 +83,33 @@ class DDP(Single):
             return
         from torch.distributed.algorithms.ddp_comm_hooks import default_hooks as hooks
 
-        hook = {"bf16": hooks.bf16_compress_hook, "fp16": hooks.fp16_compress_hook}[self._comm_hook]
-        model.register_comm_hook(None, hook)
+        hook: Any = {"bf16": hooks.bf16_compress_hook, "fp16": hooks.fp16_compress_hook}[self._comm_hook]
+        if self.device.type == "cpu":
+            # By its name torch refuses the one for bfloat16 where there is no GPU; gloo adds these up all the same.
+            model.register_comm_hook(None, lambda state, bucket: hook(state, bucket))
+        else:
+            model.register_comm_hook(None, hook)
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
-        if last:
+        # A static graph is learnt from a first backward that sends: what is sent twice adds up to the same.
+        if last or (self._options["static_graph"] and not self._learnt):
             return self._nothing
         stack = ExitStack()
         for model in self._wrapped:
             stack.enter_context(model.no_sync())
         return stack
 
-    def backward(self, loss: Tensor, factor: Tensor | None) -> Tensor:
-        share = super().backward(loss, factor)
+    def backward(self, loss: Tensor, factor: Tensor | None, **options: Any) -> Tensor:
+        self._learnt = True
+        if self._kept_a_graph:
+            # Without this the gradients of a graph's second backward would stay on this process.
+            outputs = [loss] if self._options["find_unused_parameters"] else []
+            for model in self._wrapped:
+                if model.require_backward_grad_sync:
+                    model.reducer._rebuild_buckets()
+                    model.reducer.prepare_for_backward(outputs)
+        self._kept_a_graph = self._kept_a_graph or bool(options.get("retain_graph") or options.get("create_graph"))
+        share = super().backward(loss, factor, **options)
         for model in self._wrapped:
             if id(model) not in self._seen and model.require_backward_grad_sync:
                 self._all_used(model)

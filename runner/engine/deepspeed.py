@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import logging
+import math
 import os
 import re
+import sys
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from copy import deepcopy
@@ -23,12 +26,14 @@ from torch.utils._pytree import tree_map_only
 from runner import distributed
 from runner.engine import deepspeed_config
 from runner.engine.backend import Backend, BuildModel, BuildOptimizer, Handle, Update
+from runner.engine.buffers import follow_first
 from runner.engine.deepspeed_layout import Layout, layout_of
 from runner.engine.deepspeed_state import WholeModelState, WholeOptimizerState
 from runner.engine.gradients import Finite, clip, global_norm
 from runner.engine.mesh import Mesh
+from runner.engine.model_state import trained_weights
 from runner.engine.optimizer import without_compiler
-from runner.engine.precision import Precision
+from runner.engine.precision import LossScaling, Precision
 from runner.engine.scaler import Scaler
 from runner.errors import InputError, Problem, wrong
 
@@ -58,7 +63,7 @@ class DeepSpeed(Backend):
         offload_optimizer: keep and step the optimizer in the CPU's memory.
         offload_parameters: keep weights in the CPU's memory between their uses (stage 3).
         config_file: the user's own DeepSpeed JSON. What contradicts the recipe is refused.
-        recipe: global_size, micro_size, accumulation, grad_clip of the recipe (and its optimizer), as far as known.
+        recipe: global_size, micro_size, accumulation, grad_clip, nan, optimizer of the recipe, as far as known.
     """
 
     name = "deepspeed"
@@ -86,6 +91,8 @@ class DeepSpeed(Backend):
         self._engine: Any = None
         self._handle: ZeroHandle | None = None
         self._nothing = nullcontext()
+        #: What is to be done when this object ends.
+        self._ends: list[weakref.finalize[Any, Any]] = []
         #: Environment variables that were set here.
         self._said: set[str] = set()
         #: The library's own context in which gradients stay where they are, from the first micro-batch of a step on.
@@ -96,7 +103,10 @@ class DeepSpeed(Backend):
     # --- before a model exists ---------------------------------------------------------------------------------------
 
     def check(self) -> list[Problem]:
-        problems = self._precision_problems() + self._option_problems()
+        problems = [*self._precision_problems(), *self._scaling_problems(), *self._option_problems()]
+        if self._stage and self._recipe.get("nan") == "ignore":
+            why = f"DeepSpeed's stage {self._stage} leaves out every step that is not finite"
+            problems.append(Problem("nan", why, "nan=skip, or backend.stage=0", value="ignore"))
         version = _version()
         if version is None:
             problems.append(Problem("backend", "DeepSpeed is not installed", _install(), value=self.name))
@@ -123,6 +133,21 @@ class DeepSpeed(Backend):
         if why:
             return [Problem("precision", why, f"{fix}, or another backend", value=name)]
         return super().check()
+
+    def _scaling_problems(self) -> list[Problem]:
+        """Options of the loss scaling that the library has fixed."""
+        scaling, problems = self.precision.loss_scaling, []
+        for name, fixed in (("growth_factor", 2.0), ("backoff_factor", 0.5)):
+            if scaling is not None and (value := getattr(scaling, name)) != fixed:
+                why = f"DeepSpeed's own loss scaling has a factor of {fixed} here"
+                problems.append(
+                    Problem(f"precision.loss_scaling.{name}", why, f"{fixed}, or backend=fsdp", value=value)
+                )
+        if scaling is not None and not math.log2(scaling.init_scale).is_integer():
+            why = "DeepSpeed's loss scaling begins with a power of 2"
+            fix = f"{2.0 ** round(math.log2(scaling.init_scale))}, or backend=fsdp"
+            problems.append(Problem("precision.loss_scaling.init_scale", why, fix, value=scaling.init_scale))
+        return problems
 
     def _option_problems(self) -> list[Problem]:
         problems = []
@@ -180,7 +205,7 @@ class DeepSpeed(Backend):
         return [self.model if model is trained[0] else model.to(self.device) for model in models], [self.handle]
 
     def _start(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, ZeroHandle]:
-        self._suits(optimizer)
+        self._suits(model, optimizer)
         groups = [list(group["params"]) for group in optimizer.param_groups]
         config = self._config()
         zero = config["zero_optimization"]
@@ -192,10 +217,14 @@ class DeepSpeed(Backend):
         except (ValueError, AssertionError) as error:
             why = f"DeepSpeed refuses it: {error}"
             raise wrong(deepspeed_config.FILE_KEY, why, "correct the file", value=self._file) from error
+        own = {id(p): set(vars(p)) for p in model.parameters()}
         with redirect_stdout(StringIO()):  # it prints how much memory is used
             engine = library.initialize(model=model, optimizer=optimizer, config=config)[0]
         # Else tables of the library hold it for ever. Its hooks must not hold this object, which ends first.
-        weakref.finalize(self, _end, engine).atexit = False
+        end = weakref.finalize(self, _end, engine, own)
+        end.atexit = False
+        self._ends.append(end)
+        follow_first(engine.module, lambda: True)
         engine.module.register_forward_pre_hook(partial(_remind, self.device, self._said), prepend=True)
         if self.precision.autocast:
             cast = partial(_cast, self.precision.compute_dtype)
@@ -209,11 +238,24 @@ class DeepSpeed(Backend):
         self._state = {
             "model": WholeModelState(engine.module, layout),
             "optimizer": WholeOptimizerState(engine.module, optimizer, groups, layout),
-            "scaler": _LossScale(engine.optimizer) if self.precision.loss_scaling else Scaler(None, self.device),
+            "scaler": self._scale_of(engine.optimizer),
         }
         return engine, handle
 
-    def _suits(self, optimizer: torch.optim.Optimizer) -> None:
+    def _scale_of(self, wrapper: Any) -> Any:
+        options = self.precision.loss_scaling
+        if options is None:
+            return Scaler(None, self.device)
+        return LibraryScale(wrapper.loss_scaler, options, self.mesh.data_size)
+
+    def _suits(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 0:
+                why = f"its parameter {name} has shape (), which DeepSpeed cannot send"
+                raise wrong("model", why, "give it the shape (1,), or backend=fsdp")
+        if self._stage == 3 and any("_orig_mod" in module._modules for module in model.modules()):
+            why = "DeepSpeed's stage 3 cannot divide what torch.compile has wrapped"
+            raise wrong("model", why, "compile it in place, by model.compile(), or backend.stage=2")
         kind = type(optimizer)
         if self._stage and kind.__module__.startswith("torch.optim") and kind.__name__ in _NOT_DIVIDED:
             why = "its parameters are cut into flat pieces here, and it needs them whole"
@@ -221,7 +263,7 @@ class DeepSpeed(Backend):
 
     def _library(self) -> Any:
         _tell(self.device, self._said)
-        weakref.finalize(self, _unsay, self._said)
+        self._ends.append(weakref.finalize(self, _unsay, self._said))
         try:
             import deepspeed
         except ImportError as error:
@@ -286,9 +328,12 @@ class DeepSpeed(Backend):
             if not travel:
                 del self._engine._flush_coalesced_reduction_zero12, self._engine._flush_coalesced_reduction_zero3
 
-    def backward(self, loss: Tensor, factor: Tensor | None) -> Tensor:
+    def backward(self, loss: Tensor, factor: Tensor | None, **options: Any) -> Tensor:
+        retain = options.pop("retain_graph", None)
+        if options:
+            raise wrong("backward", f"DeepSpeed takes no {', '.join(options)}", "leave it out, or backend=ddp or fsdp")
         share = loss if factor is None else loss * factor
-        self._engine.backward(share, scale_wrt_gas=False)
+        self._engine.backward(share, retain_graph=bool(retain), scale_wrt_gas=False)
         return share.detach()
 
     def settle(self, skipped: bool) -> bool:
@@ -296,6 +341,20 @@ class DeepSpeed(Backend):
 
     def state(self) -> Mapping[str, Any]:
         return self._state
+
+    def kept(self) -> Mapping[str, Any] | None:
+        return None if self._engine is None else self._state
+
+    def close(self) -> None:
+        for end in self._ends:
+            end()
+
+    def weights(self) -> dict[str, Tensor]:
+        if self._stage == 3 or self.precision.autocast:
+            why = "keeps the weights that are trained where nothing else can write to them"
+            what = f"stage={self._stage}, {self.precision.name}"
+            raise wrong("backend", f"deepspeed ({what}) {why}", "leave out the EMA, or use backend=fsdp")
+        return trained_weights(self._engine.module)
 
     def describe(self) -> list[str]:
         version = ".".join(map(str, _version() or ()))
@@ -374,10 +433,11 @@ class ZeroHandle(Handle):
                 gradient.fill_(float("inf"))
         elif max_norm is not None:
             self.clip(max_norm, norm)
+        scale = self._layout.scale
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.step()
         skipped = not self._engine.was_step_applied()
-        self.overflowed = self._scaled and skipped
+        self.overflowed = self._scaled and skipped and self._layout.scale < scale
         self._layout.clear()
         return Update(norm, skipped, self.overflowed)
 
@@ -386,21 +446,29 @@ class ZeroHandle(Handle):
         self._layout.forget()
 
 
-class _LossScale:
-    """The library's loss scale, under the keys of `Scaler`."""
+class LibraryScale:
+    """The library's own loss scaler, which divides its scale among the readers and has the keys of `Scaler`.
 
-    def __init__(self, wrapper: Any) -> None:
-        self._wrapper = wrapper
+    Scales given and saved are those of one reader, for the reason that `Scaler` tells. At the floor the scale stays
+    there, where the library alone would end the run: what becomes of the step is for the recipe's `nan` to say.
+    """
+
+    def __init__(self, scaler: Any, options: LossScaling, readers: int) -> None:
+        self._scaler = scaler
+        self._readers = readers
+        scaler.cur_scale, scaler.min_scale = options.init_scale / readers, options.floor / readers
+        scaler.raise_error_at_min_scale = False
 
     def state_dict(self) -> dict[str, Any]:
-        scaler = self._wrapper.loss_scaler
-        return {"scale": float(scaler.cur_scale), "growth_tracker": scaler.cur_iter - scaler.last_overflow_iter - 1}
+        scaler = self._scaler
+        tracker = scaler.cur_iter - scaler.last_overflow_iter - 1
+        return {"scale": float(scaler.cur_scale) * self._readers, "growth_tracker": tracker}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes the scale of a checkpoint; one saved without loss scaling leaves the configured scale."""
         if state["scale"]:
-            scaler = self._wrapper.loss_scaler
-            scaler.cur_scale = state["scale"]
+            scaler = self._scaler
+            scaler.cur_scale = state["scale"] / self._readers
             scaler.last_overflow_iter = scaler.cur_iter - int(state["growth_tracker"]) - 1
 
 
@@ -417,8 +485,8 @@ def _install() -> str:
     return "pip install 'runner[deepspeed]'"
 
 
-def _end(engine: Any) -> None:
-    """Frees what the library's tables and closures would hold.
+def _end(engine: Any, own: Mapping[int, set[str]]) -> None:
+    """Frees what the library's tables and closures would hold; `own` are the attributes that parameters had before.
 
     The bare model stays as it is, without hooks; at stage 3, where this process has only a part of it, it is emptied.
     """
@@ -428,9 +496,21 @@ def _end(engine: Any) -> None:
     for parameter in engine.module.parameters():
         if hasattr(parameter, "ds_tensor"):
             parameter.ds_tensor.data = parameter.data = torch.empty(0)
-    for thing in (engine.optimizer, engine):
-        if not isinstance(thing, torch.optim.Optimizer):
+    # A list of the library's own in which stage 3 leaves the modules of its last forward.
+    underway = getattr(sys.modules.get("deepspeed.runtime.zero.parameter_offload"), "FWD_MODULE_STACK", [])
+    gone = {id(module) for module in engine.module.modules()}
+    underway[:] = [module for module in underway if id(module) not in gone]
+    for parameter in engine.module.parameters():
+        # Bound to the parameter itself, in a circle that the garbage collector does not see through.
+        for name in vars(parameter).keys() - own.get(id(parameter), set()):
+            delattr(parameter, name)
+    for thing in (getattr(engine.optimizer, "parameter_offload", None), engine.optimizer, engine):
+        if thing is not None and not isinstance(thing, torch.optim.Optimizer):
             vars(thing).clear()
+
+
+#: How many backends rely on an environment variable that was set here.
+_relying: Counter[str] = Counter()
 
 
 def _tell(device: torch.device, said: set[str]) -> None:
@@ -438,13 +518,23 @@ def _tell(device: torch.device, said: set[str]) -> None:
     for name, value in (("DS_ACCELERATOR", device.type), ("LOCAL_RANK", str(device.index or 0))):
         if name not in os.environ:
             os.environ[name] = value
+        elif not _relying[name]:
+            continue
+        if name not in said:
             said.add(name)
+            _relying[name] += 1
 
 
 def _unsay(said: set[str]) -> None:
-    """A rank without the other words of a launcher would be taken for a mistake by the next run in here."""
+    """A rank without the other words of a launcher would be taken for a mistake by the next run in here.
+
+    A backend may be collected only after the next has begun, which then still relies on them.
+    """
     for name in said:
-        os.environ.pop(name, None)
+        _relying[name] -= 1
+        if not _relying[name]:
+            os.environ.pop(name, None)
+    said.clear()
 
 
 def _remind(device: torch.device, said: set[str], *_: Any) -> None:

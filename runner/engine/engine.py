@@ -98,7 +98,9 @@ class Engine:
         if isinstance(weight, Tensor):
             return (self.mesh.data_size / weight).to(self.device, torch.float32)
         if self._factor[0] != weight:
-            self._factor = (weight, torch.tensor(self.mesh.data_size / weight, device=self.device))
+            # A step that counts nothing gives a loss that is not finite, and the policy for such steps decides.
+            scale = self.mesh.data_size / weight if weight else math.inf
+            self._factor = (weight, torch.tensor(scale, device=self.device))
         return self._factor[1]
 
     def exchange(self, loss: Tensor, weight: Any = 0, flags: Sequence[float] = (), *, guard: bool = True) -> Exchange:
@@ -122,8 +124,9 @@ class Engine:
         vector[0], vector[1] = loss, weight
         if found is not None:
             vector[2] = found
-        if flags:
-            vector[3:] = torch.tensor(flags, dtype=double)
+        for i, flag in enumerate(flags, 3):
+            if flag:  # written by a kernel: copying a list would wait for the device
+                vector[i] = float(flag)
         distributed.total(vector)
         mean = (vector[0] / self.mesh.data_size).float()
         skip = self._skip(vector[2] if looks else None, mean if guard else None)
@@ -132,7 +135,7 @@ class Engine:
     def _skip(self, found: Tensor | None, loss: Tensor | None) -> bool | Tensor:
         if found is None and loss is None:
             return False
-        if getattr(self.backend.handle, "device_decides", False):
+        if self.backend.handle.device_decides:
             flag = torch.zeros((), dtype=torch.bool, device=self.device) if found is None else found.bool()
             return flag if loss is None else flag | ~torch.isfinite(loss)
         return bool(found is not None and found.item()) or not (loss is None or math.isfinite(loss.item()))

@@ -17,9 +17,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from runner.engine.backend import BuildModel, BuildOptimizer, Handle
+from runner.engine.buffers import follow_first
 from runner.engine.building import Built, Rows, build_in_parts
 from runner.engine.mesh import Mesh
-from runner.engine.optimizer import without_compiler
+from runner.engine.model_state import placed_as
+from runner.engine.optimizer import plain_step, without_compiler
 from runner.engine.precision import Precision
 from runner.engine.sharded import ShardedHandle
 from runner.engine.single import Single
@@ -104,6 +106,8 @@ class FSDP(Single):
         self, models: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer]
     ) -> tuple[list[nn.Module], list[Handle]]:
         placed = []
+        for optimizer in optimizers:
+            plain_step(optimizer)  # what it refuses is refused before anything is placed
         for model in models:
             before = {name: weakref.ref(p) for name, p in _named(model).items()}
             model = self.place(model)
@@ -125,11 +129,17 @@ class FSDP(Single):
                     root.set_reshard_after_backward(last)
         return self._nothing
 
-    def backward(self, loss: Tensor, factor: Tensor | None) -> Tensor:
-        share = super().backward(loss, factor)
+    def backward(self, loss: Tensor, factor: Tensor | None, **options: Any) -> Tensor:
+        share = super().backward(loss, factor, **options)
         if self._last and self._whole and self.mesh.data_size > 1:
             _average([p for p in self._whole if p.requires_grad], self.mesh.data_size)
         return share
+
+    def rewritten(self) -> None:
+        for root in self._roots:
+            for module in _modules(root):
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def discard(self) -> None:
         super().discard()
@@ -137,8 +147,8 @@ class FSDP(Single):
             root.reset_iter_state()
         self.forget()
 
-    def forget(self) -> None:
-        for root in self._roots:
+    def forget(self, model: nn.Module | None = None) -> None:
+        for root in self._roots if model is None else [model]:
             for module in _modules(root):
                 if isinstance(module, FSDPModule):
                     for group in module._get_fsdp_state()._fsdp_param_groups:
@@ -274,21 +284,20 @@ class FSDP(Single):
 
     def _watch(self, root: Any) -> None:
         """Hooks of a whole model: buffers as DistributedDataParallel keeps them, weights as they were."""
-        buffers = _persistent_buffers(root)
-        due = True
+        follow_first(root, lambda: self._last)
 
-        def before(*_: Any) -> None:
-            nonlocal due
-            if due and buffers and self.mesh.data_size > 1:
-                _broadcast(buffers())
-            # Only a training step moves them: running means, codebooks.
-            due = torch.is_grad_enabled() and self._last
+        def loading(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
+            """Every process may load whole values: each keeps its part."""
+            for name, own in root.state_dict(prefix=prefix, keep_vars=True).items():
+                if name in state:
+                    state[name] = placed_as(own, state[name])
+
+        root.register_load_state_dict_pre_hook(loading)
 
         def after(*_: Any) -> None:
             if self._reshard and not torch.is_grad_enabled():
                 root.reshard()  # no backward will
 
-        root.register_forward_pre_hook(before)
         root.register_forward_hook(after)
 
     def _point(self, optimizer: torch.optim.Optimizer) -> None:
@@ -373,31 +382,6 @@ def _read_as_is(units: Sequence[tuple[str, nn.Module]]) -> set[int]:
     return found
 
 
-def _persistent_buffers(model: nn.Module) -> Any:
-    """A function that gives the buffers that belong to the model's state, None where there are none."""
-
-    def buffers() -> list[Tensor]:
-        return [
-            buffer
-            for module in model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None and name not in module._non_persistent_buffers_set
-        ]
-
-    return buffers if buffers() else None
-
-
-def _broadcast(buffers: Sequence[Tensor]) -> None:
-    """The first process's values on all, one message a type."""
-    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(buffers)):
-        for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
-            same = [buffer for buffer in buffers if buffer.dtype == dtype]
-            flat = torch.cat([buffer.flatten() for buffer in same])
-            dist.broadcast(flat, 0)
-            for buffer, values in zip(same, flat.split([buffer.numel() for buffer in same]), strict=True):
-                buffer.copy_(values.view_as(buffer))
-
-
 def _average(parameters: Sequence[nn.Parameter], size: int) -> None:
     """Averages gradients of whole parameters in one all-reduce; one that no process has stays absent."""
     if not parameters:
@@ -407,6 +391,8 @@ def _average(parameters: Sequence[nn.Parameter], size: int) -> None:
     flat = torch.cat([*(part.detach().flatten().float() for part in parts), there])
     dist.all_reduce(flat)
     *values, there = flat.split([*(part.numel() for part in parts), len(parts)])
-    for p, value, count in zip(parameters, values, there.tolist(), strict=True):
+    # Only where this process lacks a gradient must it know of the others'; reading waits for the device.
+    counts = [1.0] * len(parts) if all(p.grad is not None for p in parameters) else there.tolist()
+    for p, value, count in zip(parameters, values, counts, strict=True):
         if count:
             p.grad = (value / size).view_as(p).to(p.dtype)

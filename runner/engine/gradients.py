@@ -31,7 +31,8 @@ def global_norm(gradients: list[Tensor]) -> Tensor:
 
 def clip(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
     """Scales the gradients in place so that their norm is at most `max_norm`, as torch's clip_grad_norm_ does."""
-    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    if gradients:
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(gradients[0].device))
 
 
 class Finite:

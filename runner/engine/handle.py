@@ -24,7 +24,8 @@ class LocalHandle(Handle):
         self._refresh()
         fused = getattr(optimizer, "_step_supports_amp_scaling", False)
         # Elsewhere than on a CPU, looking at a number waits for all work that was queued before it.
-        self.device_decides = fused and device.type != "cpu" and not scaler.active
+        there = all(p.device.type != "cpu" for p in self.parameters)
+        self.device_decides = fused and there and not scaler.active
         self._unscaled = False
 
     def _refresh(self) -> None:

@@ -87,7 +87,7 @@ def plain_step(optimizer: Optimizer) -> Callable[[], Any]:
     closure = inspect.signature(bare).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         why = "computes the loss several times a step (it needs a closure), and a step here computes it once"
-        raise wrong("optimizer._target_", why, "choose another optimizer", value=f"{kind.__module__}.{kind.__name__}")
+        raise wrong("optimizer", why, "choose another optimizer", value=f"{kind.__module__}.{kind.__name__}")
     ours = kind.__module__.startswith("torch.optim") and not optimizer.defaults.get("differentiable")
     if not ours or "torch._dynamo" in sys.modules:
         # Looked up at each call: a scheduler that is made later puts its own in this place.

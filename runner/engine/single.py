@@ -14,7 +14,7 @@ from runner.engine.gradients import backward
 from runner.engine.handle import LocalHandle
 from runner.engine.mesh import Mesh
 from runner.engine.model_state import ModelState, OptimizerState
-from runner.engine.optimizer import without_compiler
+from runner.engine.optimizer import plain_step, without_compiler
 from runner.engine.precision import Precision
 from runner.engine.scaler import Scaler
 from runner.errors import Problem
@@ -24,6 +24,7 @@ class Single(Backend):
     name = "single"
     #: How many processes it takes at most; None for any number.
     most_processes: int | None = 1
+    scaler: Scaler
 
     def __init__(self, device: torch.device, precision: Precision, mesh: Mesh) -> None:
         super().__init__(device, precision, mesh)
@@ -46,6 +47,8 @@ class Single(Backend):
     def adopt(
         self, models: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer]
     ) -> tuple[list[nn.Module], list[Handle]]:
+        for optimizer in optimizers:
+            plain_step(optimizer)  # what it refuses is refused before anything is placed
         return [self.place(model) for model in models], [self.drive(optimizer) for optimizer in optimizers]
 
     def place(self, model: nn.Module) -> nn.Module:
@@ -63,10 +66,13 @@ class Single(Backend):
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
         return self._nothing
 
-    def backward(self, loss: Tensor, factor: Tensor | None) -> Tensor:
+    def backward(self, loss: Tensor, factor: Tensor | None, **options: Any) -> Tensor:
         if factor is None:
             factor = torch.ones_like(loss)
-        backward(loss, self.scaler.scale(factor))
+        if options:
+            loss.backward(self.scaler.scale(factor), **options)
+        else:
+            backward(loss, self.scaler.scale(factor))
         return loss.detach() * factor
 
     def settle(self, skipped: bool) -> bool:

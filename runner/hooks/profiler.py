@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from runner import distributed
 from runner.errors import wrong
 from runner.train.hook import Hook
 from runner.train.run import Run
@@ -58,7 +59,8 @@ class Profiler(Hook):
         profiler.__exit__(None, None, None)
         folder = run.folder.path / "profile"
         folder.mkdir(exist_ok=True)
-        trace = folder / f"steps_{self.first}_{self.last}.json"
+        rank = "" if distributed.world_size() == 1 else f"_rank_{distributed.rank()}"
+        trace = folder / f"steps_{self.first}_{self.last}{rank}.json"
         profiler.export_chrome_trace(str(trace))
         by = "self_cuda_time_total" if run.engine.device.type == "cuda" else "self_cpu_time_total"
         trace.with_suffix(".txt").write_text(profiler.key_averages().table(sort_by=by, row_limit=self.rows))

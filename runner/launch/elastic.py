@@ -17,7 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from runner.errors import InputError, Problem
+from runner.errors import InputError, Problem, RunnerError
+from runner.launch.failure import failures
 from runner.launch.local import Ending, tell, threads
 from runner.launch.processes import address
 from runner.launch.worker import SIGNAL, WorkPlan, command
@@ -38,7 +39,7 @@ def run(work: str, plan: WorkPlan, nproc: int) -> int:
         plan.save(path)
         _set_environment(plan, nproc)
         with _signals(Path(folder)) as heard:
-            endings = _launch(plan, nproc, command(work, path))
+            endings = _launch(plan, nproc, command(work, path), Path(folder))
         if heard.left is not None:
             return heard.left
         codes = [int(each.read_text()) for each in Path(folder).glob("rank_*.code")]
@@ -46,24 +47,31 @@ def run(work: str, plan: WorkPlan, nproc: int) -> int:
         return tell(plan, endings, heard.received, nproc * plan.config["launch"]["nnodes"])
 
 
-def _launch(plan: WorkPlan, nproc: int, words: list[str]) -> list[Ending]:
+def _launch(plan: WorkPlan, nproc: int, words: list[str], folder: Path) -> list[Ending]:
     """The processes of this node that failed, as far as the agent tells."""
+    # In torch's C++ every lost connection writes a page of stack frames.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # its words would stand in front of ours
     launch = plan.config["launch"]
-    host = {} if launch["node_rank"] is None else {"is_host": str(launch["node_rank"] == 0)}
     wait = int(launch["timeout"])
+    # Only where every node says its number do ranks follow it; else the nodes find an order of their own.
+    if launch["node_rank"] is None:
+        backend, configs = "c10d", {"join_timeout": wait, "timeout": wait, "read_timeout": min(60, wait)}
+    else:
+        backend, configs = "static", {"rank": launch["node_rank"], "timeout": wait}
     config = LaunchConfig(
         min_nodes=launch["nnodes"],
         max_nodes=launch["nnodes"],
         nproc_per_node=nproc,
         run_id=launch["rdzv_id"] or "runner",
-        rdzv_backend="c10d",
+        rdzv_backend=backend,
         rdzv_endpoint=launch["rdzv_endpoint"],
-        rdzv_configs={"join_timeout": wait, "timeout": wait, "read_timeout": min(60, wait), **host},
+        rdzv_configs=configs,
         max_restarts=0,
         local_addr=own_address(launch["rdzv_endpoint"]),
         signals_to_handle="SIGHUP",  # the others are handed on by _signals
@@ -77,7 +85,11 @@ def _launch(plan: WorkPlan, nproc: int, words: list[str]) -> list[Ending]:
             Ending(rank, found.exitcode, found.timestamp + number / 1000, number > 0 and found.exitcode < 0)
             for number, (rank, found) in enumerate(error.failures.items())
         ]
-    except RendezvousError as error:
+    except (RendezvousError, DistError) as error:
+        if failures(folder):
+            return [Ending(-1, 1, time.time(), by_parent=True)]  # the others have gone before the agent could tell
+        if _pids(folder):
+            raise RunnerError(f"the other nodes have gone: {_reason(error)}") from error
         why = f"the {launch['nnodes']} nodes did not meet: {_reason(error)}"
         fix = "start the same command on each node, the one with launch.node_rank=0 on the host that the endpoint names"
         raise InputError(Problem("launch.rdzv_endpoint", why, fix, launch["rdzv_endpoint"])) from error
@@ -86,7 +98,10 @@ def _launch(plan: WorkPlan, nproc: int, words: list[str]) -> list[Ending]:
 
 def _reason(error: BaseException) -> str:
     cause = error.__cause__ or error
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+    text = str(cause).strip()
+    if "EADDRINUSE" in text:
+        return "its port is in use by another program"
+    return text.splitlines()[0] if text else "not all of them came in time"
 
 
 # --- signals --------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import stat
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,6 +33,10 @@ _GONE = re.compile(
     r"remote process|ncclRemoteError|ncclSystemError|NCCL communicator was aborted|store may be|failed to recv",
     re.IGNORECASE,
 )
+#: Seconds for the processes to tell each other why the input is refused.
+_COMES = 2.0
+#: A line of a log that is on the terminal as well.
+_MESSAGE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ INFO ")
 #: Stands before the name of the log to which a process has moved its output.
 _MOVED = b"\0"
 
@@ -117,10 +122,21 @@ def share(plan: WorkPlan, ranks: Ranks, store: Store) -> None:
     folder = Path(plan.report)
     with suppress(Exception):  # the store's process may have ended as well
         mine = next(failure for failure in failures(folder) if failure.rank == ranks.rank)
+        refused = mine.code == InputError.exit_code  # then all processes are here, and soon
+        until = time.monotonic() + (_COMES if refused else 0.0)
         if not mine.secondary:
             store.set("failure", json.dumps(asdict(mine), default=str))
-        elif store.check(["failure"]):
+        elif _comes(lambda: store.check(["failure"]), until):
             Failure(**json.loads(store.get("failure"))).save(folder)
+        if refused:
+            store.add("heard", 1)  # the store may go with the first of them
+            _comes(lambda: store.add("heard", 0) >= ranks.world_size, until)
+
+
+def _comes(condition: Callable[[], bool], until: float) -> bool:
+    while not (found := condition()) and time.monotonic() < until:
+        time.sleep(0.02)
+    return found
 
 
 def failures(folder: Path) -> list[Failure]:
@@ -213,7 +229,7 @@ def redirect(path: Path) -> None:
 
 
 def said(path: Path) -> tuple[str, bool]:
-    """The last that a process has said, from the file that `capture` opened or from its log, and whether it has one."""
+    """The last that a process has said, from the file that `capture` opened or from its log; whether it has a log."""
     try:
         content = path.read_bytes()
         moved = content.startswith(_MOVED)
@@ -223,7 +239,7 @@ def said(path: Path) -> tuple[str, bool]:
                 content = log.read()
     except OSError:
         return "", False
-    lines = content.decode(errors="replace").rstrip().splitlines()
+    lines = [line for line in content.decode(errors="replace").rstrip().splitlines() if not _MESSAGE.match(line)]
     return "\n".join(lines[-20:] if moved else lines[-200:]), moved
 
 

@@ -211,7 +211,7 @@ def tell(plan: WorkPlan, endings: list[Ending], received: int | None, world: int
     """Shows the first cause of a failure, once, and returns the exit code of the whole.
 
     The first cause is the earliest failure that is no consequence of another one; else the process that was killed or
-    ended without a word; else the earliest failure.
+    ended without a word, be it with code 0 while the others still needed it; else the earliest failure.
     """
     bad = sorted((ending for ending in endings if ending.code != 0), key=lambda ending: ending.time)
     if not bad:
@@ -224,6 +224,8 @@ def tell(plan: WorkPlan, endings: list[Ending], received: int | None, world: int
     interrupted = [ending.code for ending in bad if ending.code in (PREEMPTED, INTERRUPTED)]
     if not by_itself and not silent and (interrupted or received is not None):
         return exit_code(received) if received is not None else max(interrupted)
+    if not by_itself and not silent:
+        silent = [ending for ending in endings if ending.code == 0 and ending.time <= bad[0].time]
     if by_itself or silent:
         return _show(by_itself[0] if by_itself else _silent(silent[0], world, found), plan, folder)
     return _show(found[0], plan, folder) if found else 1
@@ -237,9 +239,13 @@ def _show(failure: Failure, plan: WorkPlan, folder: Path) -> int:
     text, moved = said(folder / f"rank_{failure.rank}.out")
     if text and not (moved and failure.traceback):
         print(f"rank {failure.rank} said:\n{text}", file=sys.stderr)
+    found = failures(folder)
+    others = [each.problems for each in found if each.rank != failure.rank]
+    if failure.problems and failure.rank != 0 and failure.problems not in others:
+        print(f"rank {failure.rank} on {failure.host}, and no other process:", file=sys.stderr)
     show(failure, plan)
-    _correct(failure, failures(folder))
-    return 2 if failure.problems else 1
+    _correct(failure, found)
+    return failure.code
 
 
 def _correct(failure: Failure, found: list[Failure]) -> None:
@@ -257,7 +263,7 @@ def _correct(failure: Failure, found: list[Failure]) -> None:
 
 def _silent(ending: Ending, world: int, others: list[Failure]) -> Failure:
     """A failure of which the process itself could say nothing; what the others know is taken from them."""
-    error = f"ended with exit code {ending.code} and no error"
+    error = f"ended with exit code {ending.code} and no error" + (", in the middle" if ending.code == 0 else "")
     if ending.code < 0:
         number = -ending.code
         name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"

@@ -131,7 +131,7 @@ class _Checker:
                 self.value(value, keys[name], (*at, name), free)
             elif names := elsewhere(section, name):
                 why = f"is an option of {dotted(at)}={' and '.join(names)}, and {dotted(at)} is {values.get('name')}"
-                self.add((*at, name), why, f"choose that, or leave {name} out", value)
+                self.add((*at, name), why, f"{dotted(at)}={names[0]}, or leave {name} out", value)
             elif not free:
                 self.unknown(name, value, keys, at)
 
@@ -369,13 +369,22 @@ class _Checker:
         if searched and steps is not None:
             fix = "leave accumulation.steps out: it follows"
             self.add("accumulation.steps", "is given, and batch.micro_size=auto decides it", fix, steps)
+        elif searched and (self.config.get("backend") or {}).get("static_graph") is True:
+            why = "learns the graph from the first backward, and batch.micro_size=auto makes it a trial"
+            self.add("backend.static_graph", why, "give batch.micro_size, or leave static_graph out", True)
         elif micro is not None and steps is not None:
             if micro * steps * world != size:
                 self._contradiction(size, micro, steps, world)
         elif size % world:
-            near = " or ".join(
+            sizes = " or ".join(
                 f"batch.global_size={value}" for value in (size - size % world, size + -size % world) if value
             )
+            # First what changes no result.
+            launch = self.config.get("launch")
+            nodes = launch.get("nnodes", 1) if isinstance(launch, dict) else 1
+            nodes = nodes if type(nodes) is int and world % nodes == 0 else 1
+            fewer = [n for n in range(1, world // nodes) if size % (n * nodes) == 0]
+            near = f"launch.nproc_per_node={fewer[-1]}; or, another training, {sizes}" if fewer else sizes
             equation = f"{size} = {micro or '?'} x {steps or '?'} x {world}"
             self.add(
                 "batch.global_size", f"{_EQUATION}: {equation} has no whole solution", f"these would work: {near}", size
@@ -475,6 +484,8 @@ def describe(key: Key) -> str:
         parts.append("a section")
     if list[str] in key.kinds:
         parts.append("a list of texts")
+    if dict[str, Any] in key.kinds:
+        parts.append("a mapping of options")
     if type(None) in key.kinds and key.section is None:
         parts.append("null")
     return ", or ".join(parts) or "a mapping"

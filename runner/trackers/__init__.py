@@ -30,8 +30,12 @@ class Trackers:
         self._trackers = dict(trackers)
 
     def start(self, folder: Path, step: int, config: Mapping[str, Any]) -> None:
-        for name, tracker in list(self._trackers.items()):
-            self._try(name, lambda tracker=tracker: tracker.start(folder, step, config), "failed to start")
+        for name in list(self._trackers):
+            self.start_one(name, folder, step, config)
+
+    def start_one(self, name: str, folder: Path, step: int, config: Mapping[str, Any]) -> None:
+        if name in self._trackers:
+            self._try(name, lambda: self._trackers[name].start(folder, step, config), "failed to start")
 
     def log(self, record: Mapping[str, Any]) -> None:
         for name, tracker in list(self._trackers.items()):

@@ -20,6 +20,8 @@ class Feed:
         self._run = run
         self._step = run.progress.step
         self._steps = run.train_data.steps(self._step, run.plan.steps)
+        #: Whether the data set may draw from torch's generator when a step is fetched.
+        self._draws = getattr(run.train_data, "draws", True)
         self._early = run.engine.mesh.data_size > 1
         self._next: Any = None
         self._error: BaseException | None = None
@@ -54,8 +56,9 @@ class Feed:
             return 0
 
     def _fetch(self) -> Any:
-        # A data set may draw from torch's generator: from numbers of its own, whenever it is asked.
-        self._run.engine.seed(self._run.settings.seed, self._step, "data")
+        if self._draws:
+            # From numbers of its own, whenever it is asked.
+            self._run.engine.seed(self._run.settings.seed, self._step, "data")
         self._step += 1
         return next(self._steps, None)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator, Mapping
+import math
+import pickle
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 
 from runner import distributed
 from runner.checkpoint import RandomState
+from runner.data.loader import to_device
+from runner.data.main import NotRead
 from runner.errors import wrong
 from runner.train.run import Run
 from runner.train.step import check_loss
@@ -39,9 +43,11 @@ def fit_micro_size(run: Run) -> Fit:
     with room taken for the optimizer's state that the first step will make. Nothing of it stays: gradients are thrown
     away, buffers and random states put back. So the training is that of a run that was given the size.
 
-    Gradients stay at home in a trial, so a process that fails leaves nobody waiting, and all agree before they go on.
-    Not so where the forward itself communicates (FSDP, ZeRO stage 3): processes there run out of memory together, as
-    they hold the same sizes; where only one does, the others wait for it until launch.timeout.
+    All processes try the same micro-batch, the largest that any of them has, and agree before they go on. Gradients
+    stay at home in a trial, so a process that fails alone leaves nobody waiting. Not so where a forward or backward
+    itself communicates (FSDP; ZeRO stage 3, and stage 2 in bf16 or with offloading): processes there run out of
+    memory together, as they hold the same sizes; where only one does, because something else uses its device, the
+    others wait for it until launch.timeout.
 
     Raises InputError where not even one sample fits. Other errors of the forward or backward pass through.
     """
@@ -85,52 +91,101 @@ def _fits(run: Run, size: int) -> bool:
     engine = run.engine
     random, kept = RandomState(), _buffers(engine.model)
     before = random.state_dict()
-    batches = _batches(run, size)
-    engine.seed(run.settings.seed, run.progress.step)
-    failed = False
-    try:
-        _try(run, batches)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        failed = True
-    del batches
-    # By now the error is gone, and with it the frames that held the tensors of the forward.
+    fits = _together(_trial(run, size))
+    # By now an error is gone, and with it the frames that held the tensors of the forward.
     engine.backend.discard()
     _free(engine.device)
     with torch.no_grad():
         for buffer, value in kept:
             buffer.copy_(value)
     random.load_state_dict(before)
-    return not distributed.total(torch.tensor(float(failed))).item()
+    return fits
 
 
-def _try(run: Run, batches: list[Any]) -> None:
-    engine, task = run.engine, run.task
+def _together(parts: Generator[None, None, None]) -> bool:
+    """Goes through the parts of a trial; false, and no further, where one has no memory for its next part."""
+    error: Exception | None = None
+    while True:
+        try:
+            next(parts)
+        except StopIteration:
+            return True
+        except Exception as caught:
+            if not is_out_of_memory(caught) and not isinstance(caught, NotRead):
+                raise
+            error = caught
+        lacking = bool(distributed.total(torch.tensor(float(is_out_of_memory(error)))).item())
+        if error is not None and not lacking:
+            raise error
+        if lacking:
+            parts.close()
+            return False
+
+
+def _trial(run: Run, size: int) -> Generator[None, None, None]:
+    """Forward and backward of the largest micro-batch, in parts: after each, processes agree whether to go on.
+
+    Agreed on is before whatever may communicate: the reading of a first process, the buffers in a forward pass.
+    """
+    engine, task, data, step = run.engine, run.task, run.train_data, run.progress.step
+    engine.seed(run.settings.seed, step, "data")
+    order = copy(data.order)
+    if hasattr(order, "count") and order.count(step) < order.global_size:
+        step += 1  # the short last step of an epoch says little
+    found = _read(data, size, order, step)
+    yield
+    # Where the first process reads for all, the others do not know the lengths.
+    longest = distributed.broadcast(_longest(data.dataset, size) if distributed.rank() == 0 else None)
+    if longest is not None:
+        found += _read(data, size, _Always(longest.repeat(engine.mesh.data_size)), 0)
+        yield
+    batch = _same_everywhere(max(found, key=lambda batch: _elements(_shapes(batch))), engine.device)
+    del found
+    if engine.device.type != "cpu":
+        batch = to_device(batch, engine.device)  # another process's comes in the host's memory
     room = list(_room_for_state(engine.optimizer))
-    for batch in batches:
+    yield
+    engine.seed(run.settings.seed, run.progress.step)
+    # The second of several finds gradients there.
+    for _ in range(1 if size * engine.mesh.data_size == data.order.global_size else 2):
         with engine.accumulate(False):
             loss = task.loss(engine.forward(task.inputs(batch)), batch)
             check_loss(loss, task)
             engine.backward(loss, engine.factor(1))
         del loss
+        yield
     del room
 
 
-def _batches(run: Run, size: int) -> list[Any]:
-    """The largest micro-batch of the next step, twice where a step has several: the second finds gradients there."""
-    data, step = run.train_data, run.progress.step
-    run.engine.seed(run.settings.seed, step, "data")
-    order = copy(data.order)
-    if hasattr(order, "count") and order.count(step) < order.global_size:
-        step += 1  # the short last step of an epoch says little
-    found = _read(data, size, order, step)
-    lengths = getattr(data.dataset, "lengths", None)
-    if lengths is not None:
-        longest = torch.as_tensor(lengths).topk(min(size, len(lengths))).indices
-        found += _read(data, size, _Always(longest.repeat(run.engine.mesh.data_size)), 0)
-    largest = max(found, key=_elements)
-    return [largest] * (1 if size * run.engine.mesh.data_size == data.order.global_size else 2)
+def _longest(dataset: Any, size: int) -> Tensor | None:
+    """The indices of the longest samples, where the data set tells `lengths`."""
+    lengths = getattr(dataset, "lengths", None)
+    return None if lengths is None else torch.as_tensor(lengths).topk(min(size, len(lengths))).indices
+
+
+def _same_everywhere(batch: Any, device: torch.device) -> Any:
+    """The largest of all processes' batches; each keeps its own where it cannot be sent."""
+    shapes = distributed.gather(_shapes(batch))
+    if all(each == shapes[0] for each in shapes):
+        return batch
+    sizes = [_elements(each) for each in shapes]
+    source = sizes.index(max(sizes))
+    if distributed.rank() == source:
+        distributed.broadcast(_packed(batch, device), source)
+        return batch
+    sent = distributed.broadcast(None, source)
+    return batch if sent is None else pickle.loads(sent)
+
+
+def _packed(batch: Any, device: torch.device) -> bytes | None:
+    try:
+        if device.type != "cpu":
+            batch = to_device(batch, torch.device("cpu"))
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        return pickle.dumps(batch)
+    except Exception:  # whatever the user's own types raise
+        return None
 
 
 def _read(data: Any, size: int, order: Any, step: int) -> list[Any]:
@@ -142,11 +197,12 @@ def _read(data: Any, size: int, order: Any, step: int) -> list[Any]:
     stateful = hasattr(data.dataset, "state_dict") and hasattr(data.dataset, "load_state_dict")
     state = data.dataset.state_dict() if stateful else None
     steps = trial.steps(step, step + 1)
-    found = list(next(steps).batches)
-    steps.close()
-    if stateful:
-        data.dataset.load_state_dict(state)
-    return found
+    try:
+        return list(next(steps).batches)
+    finally:
+        steps.close()
+        if stateful:
+            data.dataset.load_state_dict(state)
 
 
 class _Always:
@@ -164,17 +220,22 @@ class _Always:
         return len(self._samples)
 
 
-def _elements(value: Any) -> int:
-    """How many numbers the tensors of a nested structure hold."""
+def _shapes(value: Any) -> list[tuple[int, ...]]:
+    """Those of the tensors in a nested structure."""
     if isinstance(value, Tensor):
-        return value.numel()
+        return [tuple(value.shape)]
+    inner: Iterable[Any] = ()
     if isinstance(value, Mapping):
-        return sum(_elements(item) for item in value.values())
-    if isinstance(value, (list, tuple)):
-        return sum(_elements(item) for item in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return sum(_elements(getattr(value, field.name)) for field in fields(value))
-    return 0
+        inner = value.values()
+    elif isinstance(value, (list, tuple)):
+        inner = value
+    elif is_dataclass(value) and not isinstance(value, type):
+        inner = (getattr(value, field.name) for field in fields(value))
+    return [shape for item in inner for shape in _shapes(item)]
+
+
+def _elements(shapes: Iterable[tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes)
 
 
 def _room_for_state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

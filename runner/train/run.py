@@ -50,6 +50,10 @@ class SaveEvery:
     steps: int | None = None
     seconds: float | None = None
 
+    def passed(self, since: float) -> bool:
+        """Whether the seconds between two checkpoints have passed since a time of time.monotonic()."""
+        return self.seconds is not None and time.monotonic() - since >= self.seconds
+
 
 @dataclass
 class Run:
@@ -113,6 +117,8 @@ class Run:
     agreed_signal: int | None = None
     #: When the last checkpoint was saved, by time.monotonic().
     last_save: float = field(default_factory=time.monotonic)
+    #: Whether the other processes were told that one is due, and it is not made yet.
+    save_told: bool = False
     evaluation_asked: bool = False
     saving_asked: bool = False
     #: The step (from 0) at which this process began.

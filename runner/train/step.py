@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
@@ -42,9 +41,12 @@ def update(run: Run, share: Tensor, feed: Feed) -> None:
     """Steps the optimizer; `settle` says what became of it. Sets the run's loss, grad_norm and lr of this step."""
     settle(run)
     settings, engine = run.settings, run.engine
-    known = engine.exchange(share, feed.ahead(), (*run.asked, save_due(run)), guard=settings.nan != "ignore")
-    feed.weight = known.weight
-    run.agree(*known.flags)
+    alone = engine.mesh.data_size == 1
+    flags = () if alone else (*run.asked, _save_due(run))
+    known = engine.exchange(share, feed.ahead(), flags, guard=settings.nan != "ignore")
+    if not alone:
+        feed.weight = known.weight
+        run.agree(*known.flags)
     run.lr = engine.optimizer.param_groups[0]["lr"]
     result = engine.step(settings.grad_clip, skip=known.skip, measure=run.logging and run.measures_norm)
     run.loss, run.grad_norm = known.loss, result.grad_norm
@@ -53,10 +55,11 @@ def update(run: Run, share: Tensor, feed: Feed) -> None:
         settle(run)
 
 
-def save_due(run: Run) -> bool:
-    """Whether the seconds between two checkpoints have passed, by the first process's clock."""
-    seconds = run.save_every.seconds
-    return seconds is not None and run.engine.mesh.data_rank == 0 and time.monotonic() - run.last_save >= seconds
+def _save_due(run: Run) -> bool:
+    """Whether the seconds between two checkpoints have passed, by the first process's clock; told once."""
+    due = run.engine.mesh.data_rank == 0 and not run.save_told and run.save_every.passed(run.last_save)
+    run.save_told = run.save_told or due
+    return due
 
 
 def settle(run: Run) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -254,7 +256,91 @@ def check_skipping() -> None:
     assert once.tolist() == [4 + 0]  # the last sample, and what filled its batch; the other process had nothing
 
 
-def loaders() -> None:
+def check_passes_at_the_same_time() -> None:
+    everything = list(range(11))
+
+    def seen(found: Any) -> list[int]:
+        return sorted(i for part in Engine().gather_object([found]) for i in part)
+
+    for options in ({}, {"dispatch_batches": True}, {"seed": 3}, {"split_batches": True}):
+        engine = Engine(**options)
+        for data in (range(11), Numbers(11)):
+            shuffle = not isinstance(data, Numbers)
+            loader = engine.prepare(DataLoader(data, 2, shuffle=shuffle))  # type: ignore[arg-type]
+            outer = []
+            for batch in loader:
+                inner = [i for other in loader for i in engine.gather_for_metrics(other).tolist()]
+                assert sorted(inner) == everything, options
+                outer += engine.gather_for_metrics(batch).tolist()
+            assert sorted(outer) == everything, options
+            pairs = list(zip(loader, loader, strict=True))
+            for side in (0, 1):
+                assert set(seen(flat([pair[side].tolist() for pair in pairs]))) == set(everything)
+    # Asking for the length in the middle of a pass leaves it alone.
+    engine = Engine(even_batches=False)
+    engine.prepare(model := mlp(), torch.optim.SGD(model.parameters(), 0.1))
+    loader = engine.prepare(DataLoader(range(6), 2))  # type: ignore[arg-type]
+    lengths = [len(loader) for _ in loader]
+    assert len(lengths) == 2
+    assert set(lengths) == {2 - engine.process_index}
+
+
+def check_detections() -> None:
+    """Lists of objects that hold tensors, of which some process has none."""
+    engine = Engine()
+    loader = engine.prepare(DataLoader(TensorDataset(torch.arange(8)), 4))
+    for _ in loader:
+        found = [{"boxes": torch.ones(1, 4)}] if engine.is_main_process else []
+        with pytest.raises(InputError, match=r"process 0: \[1, 4\] float32; process 1: nothing"):
+            engine.gather_for_metrics(found)
+        assert len(engine.gather_for_metrics(found, use_gather_object=True)) == 1
+        assert engine.gather_for_metrics([] if engine.is_main_process else ["word"]) == ["word"]
+
+
+def orders_on_from(folder: str) -> list[list[int]]:
+    """What a new engine without a seed sees after a state of the middle of epoch 1."""
+    engine = Engine()
+    torch.manual_seed(99)
+    loader = engine.prepare(DataLoader(range(12), 4 // engine.num_processes, shuffle=True))  # type: ignore[arg-type]
+    engine.load_state(folder)
+    assert loader.epoch == 1
+    found = []
+    for batches_of in (engine.skip_first_batches(loader, 1), loader):
+        found.append([i for batch in batches_of for i in engine.gather(batch).tolist()])
+    return found
+
+
+def interrupted(folder: str) -> tuple[list[int], list[list[int]]]:
+    """Saves in the middle of epoch 1, without a seed: (what was seen of it, what it goes on with)."""
+    engine = Engine()
+    torch.manual_seed(engine.process_index)
+    loader = engine.prepare(DataLoader(range(12), 4 // engine.num_processes, shuffle=True))  # type: ignore[arg-type]
+    list(loader)
+    seen: list[int] = []
+    rest: list[int] = []
+    for number, batch in enumerate(loader):
+        (rest if number else seen).extend(engine.gather(batch).tolist())
+        if number == 0:
+            engine.save_state(folder)
+    return seen, [rest, [i for batch in loader for i in engine.gather(batch).tolist()]]
+
+
+def check_resuming_without_a_seed(one: str, two: str) -> None:
+    """`one` was saved by one process; `two` is saved here."""
+    seen, whole = interrupted(two)
+    assert orders_on_from(two) == whole
+    assert sorted(seen + whole[0]) == list(range(12))
+    rest, after = orders_on_from(one)
+    assert len(rest) == 8
+    assert sorted(after) == list(range(12))
+    Path(one, "rest.json").write_text(json.dumps(rest)) if Engine().is_main_process else None
+    Path(two, "rest.json").write_text(json.dumps(whole)) if Engine().is_main_process else None
+
+
+def loaders(one: str, two: str) -> None:
+    check_passes_at_the_same_time()
+    check_detections()
+    check_resuming_without_a_seed(one, two)
     check_lengths_and_indices()
     check_modes()
     check_streams()
@@ -416,8 +502,6 @@ def gradients() -> None:
 
 
 def control(folder: str) -> None:
-    from pathlib import Path
-
     engine = Engine(cpu=True)
     rank = engine.process_index
     assert (engine.num_processes, engine.is_main_process, engine.is_last_process) == (2, rank == 0, rank == 1)
@@ -463,4 +547,67 @@ def control(folder: str) -> None:
     engine.save_model(model, folder)
     assert Path(folder, "model.safetensors").exists()
     engine.wait_for_everyone()
+    engine.end_training()
+
+
+# --- models whose parameters a backend replaces -----------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    """With a parameter of no dimension, which stays whole where others are sharded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layer = nn.Linear(4, 3)
+        self.factor = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.factor
+
+
+def models(backend: str) -> None:
+    engine = Engine(backend=backend, debug=True)
+    x = torch.arange(12.0).reshape(3, 4)
+    own = x * (1 + engine.process_index)
+
+    def loss_of(model: Any, inputs: Tensor) -> Tensor:
+        return model(inputs).square().mean()
+
+    def norm_of(times: int) -> float:
+        alone = Scaled()
+        (times * (loss_of(alone, x) + loss_of(alone, 2 * x)) / 2).backward()
+        return float(torch.stack([p.grad.norm() for p in alone.parameters()]).norm())  # type: ignore[union-attr]
+
+    def fresh() -> Any:
+        model = Scaled()
+        return engine.prepare(model, torch.optim.SGD(model.parameters(), 0.1))
+
+    # Between forward and backward: zeroed and clipped is what the optimizer steps.
+    model, optimizer = fresh()
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    engine.backward(loss_of(model, own))
+    loss = loss_of(model, own)
+    assert {id(p) for p in model.parameters()} == stepped
+    assert [name for name, _ in model.named_parameters("a")] == ["a.factor", "a.layer.weight", "a.layer.bias"]
+    assert engine.clip_grad_norm_(model.parameters(), 1e-3).item() == pytest.approx(norm_of(1), rel=1e-5)
+    model.zero_grad()
+    engine.backward(loss)
+    assert engine.clip_grad_norm_(model.parameters(), 1e3).item() == pytest.approx(norm_of(1), rel=1e-5)
+    # One graph twice: all of it is averaged, whole parameters too.
+    model, optimizer = fresh()
+    loss = loss_of(model, own)
+    engine.backward(loss, retain_graph=True)
+    engine.backward(loss)
+    assert engine.clip_grad_norm_(model.parameters(), 1e3).item() == pytest.approx(norm_of(2), rel=1e-5)
+    optimizer.step()
+    assert len({tuple(found) for found in engine.gather_object([weights(model)])}) == 1
+    # Whole values go into what is sharded, also between forward and backward.
+    ones = {name: torch.ones_like(value) for name, value in engine.get_state_dict(model).items()}
+    model(x)
+    model.load_state_dict(ones)
+    assert weights(model) == [1.0] * 16
+    engine.unwrap_model(model).load_state_dict({name: 2 * value for name, value in ones.items()})
+    assert weights(model) == [2.0] * 16
+    assert model(x).sum().item() == pytest.approx(2 * (2 * x.sum().item() * 3 + 2 * 9))
     engine.end_training()

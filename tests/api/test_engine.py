@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import os
 import pickle
+import random
+import socket
 import subprocess
 import sys
 import weakref
@@ -18,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from api.scripts.data import mlp, points, weights
-from runner import Engine
+from runner import DistributedType, Engine, set_seed
 from runner.errors import InputError
 
 # --- options ----------------------------------------------------------------------------------------------------------
@@ -44,17 +47,21 @@ def test_both_spellings() -> None:
         ({"accumulation_steps": 2, "gradient_accumulation_steps": 4}, "contradicts accumulation_steps=2"),
         ({"precision": "fp32", "mixed_precision": "bf16"}, "contradicts precision=fp32"),
         ({"cpu": True, "device": "cuda"}, "contradicts device=cuda"),
-        ({"acumulation_steps": 2}, "acumulation_steps: is no option"),
+        ({"acumulation_steps": 2}, r"^acumulation_steps = 2: is no option of Engine \(fix: did you mean accum.*\?\)$"),
         ({"kwargs_handlers": []}, "kwargs_handlers: is no option"),
-        ({"backend": "horovod"}, "backend: is not known"),
-        ({"backend": {"name": "ddp", "bucket": 3}}, "backend.bucket: is no option of ddp"),
-        ({"precision": "fp12"}, "precision: is not known"),
-        ({"mixed_precision": "yes"}, "mixed_precision: is not known"),
+        ({"backend": "horovod"}, "backend = horovod: is not known"),
+        ({"backend": {"name": "ddp", "bucket": 3}}, "backend.bucket = 3: is no option of ddp"),
+        ({"precision": "fp12"}, "precision = fp12: is not known"),
+        ({"mixed_precision": "yes"}, "mixed_precision = yes: is not known"),
         ({"precision": "tf32", "device": "cpu"}, "cpu has no TF32"),
-        ({"accumulation_steps": 0}, "accumulation_steps: is not a whole number"),
+        ({"accumulation_steps": 0}, "accumulation_steps = 0: is not a whole number"),
         ({"grad_scaler": {"init_scale": 2.0}}, "fp32 scales no loss"),
         ({"precision": "fp16", "grad_scaler": {"scale": 2.0}}, "grad_scaler.scale: is no option"),
         ({"log_with": "wandbb"}, "no tracker"),
+        ({"backend": True}, "backend: a bool is no backend|backend = True: a bool is no backend"),
+        ({"seed": 1.5}, "seed = 1.5: is not a whole number"),
+        ({"timeout": -1}, "timeout = -1: is no number of seconds above 0"),
+        ({"split_batches": "yes"}, "split_batches = yes: is neither True nor False"),
     ],
 )
 def test_what_is_wrong_is_said(options: dict[str, Any], said: str) -> None:
@@ -167,7 +174,80 @@ def test_one_graph_twice() -> None:
     assert torch.allclose(model[0].weight.grad, 2 * once)
 
 
+def test_what_a_failed_prepare_leaves_behind() -> None:
+    class Odd(torch.optim.SGD):
+        def step(self, closure: Any) -> None:  # type: ignore[override]
+            closure()
+
+    engine = Engine()
+    model = mlp()
+    with pytest.raises(InputError, match=r"^optimizer = .*needs a closure"):
+        engine.prepare(model, Odd(model.parameters(), 0.1))
+    model, optimizer = engine.prepare(model, torch.optim.SGD(model.parameters(), 0.1))
+    before = weights(model)
+    engine.backward(model(torch.ones(1, 4)).sum())
+    optimizer.step()
+    assert weights(model) != before
+
+
+def test_clipping_what_nobody_steps() -> None:
+    engine = Engine()
+    engine.prepare(mlp())
+    with pytest.raises(InputError, match="none of these parameters is stepped by a prepared optimizer"):
+        engine.clip_grad_norm_(mlp().parameters(), 1.0)
+    assert engine.clip_grad_norm_([], 1.0) == 0
+
+
+def test_words_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
+    engine = Engine(log_with="jsonl", project_dir=tmp_path)
+    with pytest.raises(InputError, match="init_kwargs: trackers take their options where they are made"):
+        engine.init_trackers("a", init_kwargs={"jsonl": {"file": "b"}})
+    engine.init_trackers("a")
+    with pytest.raises(InputError, match="nothing inside"):
+        engine.get_tracker("jsonl", unwrap=True)
+    with pytest.raises(TypeError):
+        engine.log({"loss": 1.0}, log_kwargs={})  # type: ignore[call-arg]
+    with pytest.raises(InputError, match="never by pickle"):
+        engine.save_state(safe_serialization=False)
+    with pytest.raises(InputError, match=r"profile\(record_shapes=True\)"), engine.profile(object()):  # type: ignore[arg-type]
+        pass
+    with pytest.raises(InputError, match="takes no gradient here"):
+        engine.backward(torch.ones((), requires_grad=True), gradient=torch.ones(()))
+
+
+def test_set_seed() -> None:
+    found = []
+    for _ in range(2):
+        set_seed(3)
+        found.append((torch.rand(2).tolist(), random.random()))
+    assert found[0] == found[1]
+    with pytest.raises(InputError, match="seed"):
+        set_seed(1.5)  # type: ignore[arg-type]
+    assert Engine().distributed_type == DistributedType.NO
+
+
+def test_debug_tells_what_was_decided(capsys: pytest.CaptureFixture[str]) -> None:
+    engine = Engine(debug=True, precision="bf16")
+    engine.prepare(mlp())
+    said = capsys.readouterr().err
+    assert "debug: rank 0 of 1" in said
+    assert "debug: precision bf16" in said
+
+
 # --- windows ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_models_own_zero_grad_follows_the_window() -> None:
+    engine = Engine(accumulation_steps=3)
+    model, optimizer, loader = small(engine, 8)
+    for (x,) in loader:
+        with engine.accumulate(model):
+            model.zero_grad()
+            engine.backward(-model(x).mean())
+            optimizer.step()
+    assert model.weight.item() == pytest.approx(3.0)
+    model.zero_grad()
+    assert model.weight.grad is None
 
 
 def small(engine: Engine, count: int, size: int = 1, rate: float = 1.0) -> Any:
@@ -253,6 +333,23 @@ def test_zeroing_first_keeps_the_window() -> None:
             optimizer.step()
     assert model.weight.item() == pytest.approx(3.0)
     assert model.weight.grad is not None, "a gradient stays to be looked at until zero_grad"
+
+
+@pytest.mark.parametrize("word", [0, 1])
+def test_zeroing_outside_of_the_block_keeps_the_window_until_it_is_left(word: int) -> None:
+    engine = Engine(accumulation_steps=3)
+    parts = model, optimizer, loader = small(engine, 7)
+    for _ in range(2):
+        for number, (x,) in enumerate(loader):
+            parts[word].zero_grad()
+            with engine.accumulate(model):
+                engine.backward(-model(x).mean())
+                optimizer.step()
+            if number == 4:
+                break
+    assert model.weight.item() == pytest.approx(2.0)
+    parts[word].zero_grad()
+    assert model.weight.grad is None
 
 
 def test_windows_of_different_models_are_their_own() -> None:
@@ -467,3 +564,46 @@ def test_the_same_script_by_python_and_by_torchrun(tmp_path: Path) -> None:
         found.append(json.loads(done.stdout.strip().splitlines()[-1]))
     assert [count for count, _ in found] == [1, 2]
     assert found[0][1] == pytest.approx(found[1][1], abs=1e-6)
+
+
+LEAVING = """
+import sys
+import time
+import torch
+from runner import Engine
+
+engine = Engine(cpu=True)
+model = torch.nn.Linear(2, 1)
+model, optimizer = engine.prepare(model, torch.optim.SGD(model.parameters(), 0.1))
+for number in range(4):
+    engine.backward(model(torch.ones(1, 2)).sum())
+    optimizer.step()
+    optimizer.zero_grad()
+    if number == 2 and engine.is_main_process and sys.argv[1] == "alone":
+        sys.exit(3)
+time.sleep(0.5 * engine.is_main_process)
+"""
+
+
+@pytest.mark.parametrize(("how", "codes"), [("alone", (3, 1)), ("together", (0, 0))])
+def test_leaving_without_a_word(tmp_path: Path, how: str, codes: tuple[int, int]) -> None:
+    """A process that ends alone is not held up by a barrier that nobody else comes to."""
+    (tmp_path / "leave.py").write_text(LEAVING)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "leave.py"), how],
+            env={**os.environ, **where, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        assert tuple(process.wait(60) for process in started) == codes
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()

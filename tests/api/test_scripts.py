@@ -9,7 +9,18 @@ import pytest
 from processes import run_ranks
 
 SCRIPTS = [
-    *["plain", "tail", "tokens", "gan", "actor_critic", "evaluation", "stream", "stopping", "averaged"],
+    *[
+        "plain",
+        "tail",
+        "tokens",
+        "gan",
+        "gan_of_models",
+        "actor_critic",
+        "evaluation",
+        "stream",
+        "stopping",
+        "averaged",
+    ],
     *["shuffled", "uneven", "halves", "resumed"],
 ]
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import begin, living
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 HOST = socket.gethostname()
 MINE = """\
 import os
@@ -46,18 +46,6 @@ def _module_of_the_users_own(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MINE)
 
 
-def begin(folder: Path, *words: str, program: tuple[str, ...] = (), **variables: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*(program or (sys.executable,)), "-m", "runner", *words],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
 @pytest.fixture
 def ended() -> Iterator[Any]:
     """Waits for a process, and gives its exit code and what it said; nothing of its session is left."""
@@ -68,24 +56,10 @@ def ended() -> Iterator[Any]:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise
-        assert left(process.pid) == []
+        assert living(process.pid) == {}
         return process.returncode, out, err
 
     return end
-
-
-def left(session: int) -> list[str]:
-    """The processes of a session that still live."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                words = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(words[3]) == session and words[0] not in "ZX":
-                found.append(entry.name)
-    return found
 
 
 TWO = ("+recipe=smoke", "device=cpu", "launch.nproc_per_node=2", "run_dir=r")

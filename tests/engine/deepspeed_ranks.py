@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from runner import distributed
+from runner.engine.checkpointing import checkpoint_activations
+from runner.engine.compiling import compile_model
 from runner.engine.deepspeed import DeepSpeed
 from runner.engine.engine import Engine
 from runner.engine.mesh import Mesh
@@ -453,6 +456,33 @@ def half(stage: int) -> dict[str, Any]:
         "loaded": train(again, 2, 6, first=8) == train(made, 2, 6, first=8),
         "nan": skipping(stage, "bf16"),
     }
+
+
+def compiled(how: str) -> dict[str, list[Tensor]]:
+    """Outputs of evaluations after steps: of compiled blocks with checkpointing, and of the model as it is."""
+    from engine.blocks import Transformer, batches
+
+    def build(changed: bool) -> nn.Module:
+        model = Transformer()
+        if changed:
+            checkpoint_activations(model, how)
+            compile_model(model, {"scope": "block", "backend": "aot_eager"})
+        return model
+
+    found: dict[str, list[Tensor]] = {}
+    for name in ("as it is", "changed"):
+        recipe = {"activation_checkpointing": how}
+        made = engine(3, model=partial(build, name == "changed"), optimizer=sgd, recipe=recipe)
+        found[name] = []
+        for inputs in batches(2):
+            made.model.train()
+            with made.accumulate(True):
+                made.backward(made.forward(inputs).square().sum(), made.factor(40))
+            made.step()
+            made.model.eval()
+            with torch.no_grad():
+                found[name].append(made.forward(inputs))
+    return found
 
 
 def various() -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine.blocks import Transformer, batches, trained
+from engine.blocks import Block, Transformer, batches, trained
 from torch import nn
 
 from runner.engine import compiling
@@ -81,6 +81,18 @@ def test_a_compiled_model_trains_alike(scope: str, how: str) -> None:
     losses, _, state = trained(model)
     assert losses == pytest.approx(expected[0], rel=1e-6)
     assert all(torch.allclose(state[name], expected[2][name], atol=1e-7) for name in names)
+
+
+@pytest.mark.parametrize("how", ["full", "selective"])
+def test_where_the_compiler_breaks_off_in_a_block(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = made(False).eval()
+    whole = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda self, x, **kw: (torch._dynamo.graph_break(), whole(self, x, **kw))[1])
+    torch._dynamo.reset()
+    model = made({"backend": "aot_eager", "scope": "block"}, how).eval()
+    inputs = batches(1)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(model(inputs), expected(inputs))
 
 
 def test_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

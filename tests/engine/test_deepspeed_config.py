@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from runner.engine import deepspeed, deepspeed_config
-from runner.engine.deepspeed import DeepSpeed
+from runner.engine.deepspeed import DeepSpeed, LibraryScale
 from runner.engine.mesh import Mesh
-from runner.engine.precision import PRECISIONS
+from runner.engine.precision import PRECISIONS, LossScaling
 from runner.errors import InputError, Problem
 
 CPU, TWO = torch.device("cpu"), Mesh(0, 2)
@@ -224,6 +226,38 @@ def test_all_problems_are_told_at_once() -> None:
         "backend.stage",
         "backend.offload_optimizer",
     ]
+
+
+def scaled(**options: Any) -> DeepSpeed:
+    precision = replace(PRECISIONS["fp16"], loss_scaling=LossScaling(**options))
+    return DeepSpeed(torch.device("cuda"), precision, TWO, recipe=RECIPE)
+
+
+def test_loss_scaling_that_the_library_cannot_do() -> None:
+    assert scaled(init_scale=2.0**10, growth_interval=50, floor=8.0).check() == []
+    problems = scaled(init_scale=60000.0, growth_factor=4.0, backoff_factor=0.25).check()
+    names = ("growth_factor", "backoff_factor", "init_scale")
+    assert keys(problems) == [f"precision.loss_scaling.{name}" for name in names]
+    assert [problem.fix.partition(",")[0] for problem in problems] == ["2.0", "0.5", "65536.0"]
+
+
+def test_the_loss_scale_is_divided_by_the_readers_and_told_for_one() -> None:
+    library = SimpleNamespace(cur_scale=65536.0, min_scale=1.0, cur_iter=7, last_overflow_iter=3)
+    scale = LibraryScale(library, LossScaling(init_scale=1024.0, floor=4.0), 2)
+    assert (library.cur_scale, library.min_scale) == (512.0, 2.0)
+    assert scale.state_dict() == {"scale": 1024.0, "growth_tracker": 3}
+    scale.load_state_dict({"scale": 64.0, "growth_tracker": 5})
+    assert library.cur_scale == 32.0
+    assert scale.state_dict() == {"scale": 64.0, "growth_tracker": 5}
+    scale.load_state_dict({"scale": 0.0, "growth_tracker": 0})
+    assert library.cur_scale == 32.0
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_that_is_not_finite_cannot_be_ignored(stage: int) -> None:
+    problems = backend(stage=stage, recipe={**RECIPE, "nan": "ignore"}).check()
+    assert keys(problems) == (["nan"] if stage else [])
+    assert backend(stage=stage, recipe={**RECIPE, "nan": "skip"}).check() == []
 
 
 def test_not_installed_or_too_old(monkeypatch: pytest.MonkeyPatch) -> None:

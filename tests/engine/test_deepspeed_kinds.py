@@ -50,6 +50,12 @@ def test_bf16(runs: list[dict[str, Any]], stage: int) -> None:
         assert found["nan"]["after"] == found["nan"]["expected"]
 
 
+def test_compiled_blocks_with_checkpointing_train_and_are_evaluated() -> None:
+    for found in run_ranks(ranks.compiled, 2, "full", timeout=120):
+        for one, other in zip(found["changed"], found["as it is"], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("world", [1, 3])
 def test_other_numbers_of_processes(world: int) -> None:
     expected = ranks.by_hand(4)

@@ -145,7 +145,7 @@ def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
     with pytest.raises(InputError) as caught:
         plain_step(torch.optim.LBFGS([nn.Parameter(torch.zeros(1))]))
     (problem,) = caught.value.problems
-    assert (problem.key, problem.value) == ("optimizer._target_", "torch.optim.lbfgs.LBFGS")
+    assert (problem.key, problem.value) == ("optimizer", "torch.optim.lbfgs.LBFGS")
 
 
 class Net(nn.Module):

@@ -294,7 +294,7 @@ def test_a_record_of_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     record(plan(report=str(tmp_path)), ranks, InputError(Problem("a", "why", "fix", {1})), 2, told="x", go_on="y")
     record(plan(report=str(tmp_path)), ranks, ValueError("later"), 1)
     (found,) = failures(tmp_path)
-    assert (found.rank, found.host, found.code, found.error) == (2, socket.gethostname(), 2, "a: why")
+    assert (found.rank, found.host, found.code, found.error) == (2, socket.gethostname(), 2, "a: why (fix: fix)")
     assert (found.told, found.go_on, found.secondary, found.traceback) == ("x", "y", False, None)
     assert found.problems == [{"key": "a", "why": "why", "fix": "fix", "value": "{1}"}]
     assert json.loads((tmp_path / "error.json").read_text())["message"]["message"] == "ValueError: later"

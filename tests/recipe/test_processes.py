@@ -37,8 +37,20 @@ def test_what_is_not_given_is_derived(world: int, given: dict[str, Any], micro: 
 @pytest.mark.parametrize(
     ("world", "given", "key", "equation", "fix"),
     [
-        (3, {"global_size": 32}, "batch.global_size", "32 = ? x ? x 3", "batch.global_size=30 or batch.global_size=33"),
-        (2, {"global_size": 1}, "batch.global_size", "1 = ? x ? x 2", "batch.global_size=2"),
+        (
+            3,
+            {"global_size": 32},
+            "batch.global_size",
+            "32 = ? x ? x 3",
+            "launch.nproc_per_node=2; or, another training, batch.global_size=30 or batch.global_size=33",
+        ),
+        (
+            2,
+            {"global_size": 1},
+            "batch.global_size",
+            "1 = ? x ? x 2",
+            "launch.nproc_per_node=1; or, another training, batch.global_size=2",
+        ),
         (2, {"global_size": 32, "steps": 3}, "accumulation.steps", "32 = ? x 3 x 2", "accumulation.steps=2 or"),
         (4, {"global_size": 32, "micro_size": 5}, "batch.micro_size", "32 = 5 x ? x 4", "batch.micro_size=4 or"),
         (
@@ -49,7 +61,13 @@ def test_what_is_not_given_is_derived(world: int, given: dict[str, Any], micro: 
             "batch.micro_size=16",
         ),
         (1, {"global_size": 32, "micro_size": "auto", "steps": 2}, "accumulation.steps", "decides it", "leave"),
-        (3, {"global_size": 32, "micro_size": "auto"}, "batch.global_size", "32 = ? x ? x 3", "batch.global_size=30"),
+        (
+            3,
+            {"global_size": 32, "micro_size": "auto"},
+            "batch.global_size",
+            "32 = ? x ? x 3",
+            "launch.nproc_per_node=2",
+        ),
     ],
 )
 def test_what_does_not_divide_shows_the_equation(

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from runner import distributed
 from runner.data.loader import Loader
+from runner.data.main import Remote
+from runner.data.reading import Reading
 from runner.data.synthetic import random_classification
 from runner.engine.backend import Backend
 from runner.engine.backends import backend_class
@@ -286,3 +288,77 @@ def test_all_ranks_agree_and_train_as_if_given(tmp_path: Path, name: str, cases:
         pytest.importorskip("deepspeed")
     for found in run_ranks(on_two_ranks, 2, str(tmp_path), name, cases, timeout=100):
         assert found == [(Fit(3, 4, (12, 6)), [])] * len(cases)
+
+
+class Ragged(torch.utils.data.Dataset[Any]):
+    """Sample i has 1 + i // 6 vectors."""
+
+    def __len__(self) -> int:
+        return 60
+
+    def __getitem__(self, i: int) -> Tensor:
+        return torch.ones(1 + i // 6, FEATURES)
+
+
+class Told(Ragged):
+    lengths = tuple(1 + i // 6 for i in range(60))
+
+
+class Widest(nn.Module):
+    """Keeps the shapes of its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(FEATURES, 3)
+        self.tried: list[tuple[int, ...]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.tried.append(tuple(x.shape[:2]))
+        return self.last(x.mean(1))
+
+
+def padded_until(most: int) -> Any:
+    """A collate that has no memory for more than so many samples."""
+
+    def collate(samples: list[Tensor]) -> list[Tensor]:
+        if len(samples) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [nn.utils.rnn.pad_sequence(samples, batch_first=True), torch.zeros(len(samples), dtype=torch.long)]
+
+    return collate
+
+
+#: What is found, and the shapes that the forward passes of the trials had.
+Found = tuple[Fit, list[tuple[int, ...]]]
+
+
+def fitted(folder: str, dataset: Any, main: bool, collate: Any) -> Found:
+    rank, size = distributed.rank(), distributed.world_size()
+    made_engine = Engine(backend("ddp", Mesh(rank, size)))
+    made_engine.prepare(Widest, lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
+    made = run(Path(folder) / str(rank), engine=made_engine, train_set=dataset, eval_set=None)
+    reading = Reading(collate, reader=rank, readers=size, main=main)
+    known = Remote.of(dataset) if main and rank else dataset
+    made.train_data = reading.training(known, 24, 12, 0)  # type: ignore[assignment]
+    return fit_micro_size(made), next(m for m in made_engine.model.modules() if isinstance(m, Widest)).tried
+
+
+def of_uneven_ranks(folder: str) -> dict[str, Found]:
+    always, here = padded_until(24), padded_until(3 if distributed.rank() == 0 else 24)
+    return {
+        "lengths": fitted(folder, Told(), True, always),
+        "ragged": fitted(folder, Ragged(), False, always),
+        "memory": fitted(folder, Ragged(), False, here),
+        "memory of the reader": fitted(folder, Ragged(), True, here),
+    }
+
+
+def test_ranks_with_uneven_data_agree(tmp_path: Path) -> None:
+    first, second = run_ranks(of_uneven_ranks, 2, str(tmp_path), timeout=60)
+    assert first == second
+    # The last six samples have ten vectors; twelve of them are the longest that any step may have.
+    assert first["lengths"] == (Fit(12, 1), [(12, 10)])
+    assert first["ragged"][0] == Fit(12, 1)
+    assert len(first["ragged"][1]) == 1
+    assert first["memory"][0] == first["memory of the reader"][0] == Fit(3, 4, (12, 6))
+    assert len(first["memory"][1]) == len(first["memory of the reader"][1]) == 2  # only what could be made is tried
