@@ -37,6 +37,7 @@ HARMLESS = {
         "dataclass",
         "field",
         "TypeVar",
+        "Counter",
         "re.compile",
         "logging.getLogger",
     ],
