@@ -146,9 +146,9 @@ def test_streams_that_end_raggedly_or_break_stop_all_processes() -> None:
     assert other[1] == ("OSError", "the disk is gone")
     for number in (2, 3):
         assert one[number] == ("OSError", "the disk is gone")
-        assert other[number] == ("RunnerError", "the first process could not read the data")
+        assert other[number] == ("NotRead", "the first process could not read the data")
     assert one[4][0] == "InputError"
-    assert other[4][0] == "RunnerError"
+    assert other[4][0] == "NotRead"
     # 9 samples, 4 a step, and again: the third step has one, and the second process a batch that counts nothing.
     assert one[5] == ("no error", "[[0, 1], [4, 5], [8], [0, 1]]")
     assert other[5] == ("no error", "[[2, 3], [6, 7], [8], [2, 3]]")
