@@ -162,16 +162,16 @@ def test_mixed_precision_is_close_to_float32(precision: str) -> None:
     assert losses[precision] != losses["fp32"]
 
 
-def test_tf32_needs_a_gpu_and_the_others_run_on_a_cpu() -> None:
+def test_tf32_and_fp8_need_a_gpu_and_the_others_run_on_a_cpu() -> None:
+    lacks = {"tf32": "cpu has no TF32", "fp8": "cpu has no float8 matrix products"}
     for name, precision in PRECISIONS.items():
         problems = precision.check(CPU)
-        if name != "tf32":
+        if name not in lacks:
             assert problems == []
             continue
-        (problem,) = problems
-        assert (problem.key, problem.value) == ("precision", "tf32")
-        assert problem.why == "cpu has no TF32"
-        assert "fp32, bf16, fp16, bf16_full" in problem.fix
+        problem = problems[-1]
+        assert (problem.key, problem.value, problem.why) == ("precision", name, lacks[name])
+        assert ("fp32, bf16, fp16, bf16_full" if name == "tf32" else "precision=bf16") in problem.fix
 
 
 @pytest.mark.parametrize("name", list(PRECISIONS))
