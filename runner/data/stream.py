@@ -268,6 +268,9 @@ class StreamLoader:
         trained: how many steps of the run are finished: what a checkpoint's position means. None for all fetched.
     """
 
+    #: Fetching may draw from this process's random generators, as far as anybody knows.
+    draws = True
+
     def __init__(
         self,
         dataset: Any,

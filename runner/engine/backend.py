@@ -37,7 +37,7 @@ class Update:
 
 
 class Handle(ABC):
-    """One optimizer and the gradients it steps with: its words are separate here, `Backend.step` is all of them.
+    """One optimizer and the gradients it steps with: its words are separate here, and `step` is all of them.
 
     All words may be called on every micro-batch of every rank.
     """

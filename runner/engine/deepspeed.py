@@ -29,7 +29,7 @@ from runner.engine.backend import Backend, BuildModel, BuildOptimizer, Handle, U
 from runner.engine.buffers import follow_first
 from runner.engine.deepspeed_layout import Layout, layout_of
 from runner.engine.deepspeed_state import WholeModelState, WholeOptimizerState
-from runner.engine.gradients import Finite, clip, global_norm
+from runner.engine.gradients import Finite, clip, global_norm, wide
 from runner.engine.mesh import Mesh
 from runner.engine.model_state import trained_weights
 from runner.engine.optimizer import without_compiler
@@ -402,16 +402,14 @@ class ZeroHandle(Handle):
         norm = global_norm(self._layout.gradients()) / self._layout.scale
         if not self._layout.divided:
             return norm
-        wide = torch.float64 if norm.device.type != "mps" else torch.float32
-        square = norm.to(self._backend.device, wide) ** 2
+        device = self._backend.device
+        square = norm.to(device, wide(device)) ** 2
         return distributed.total(square).sqrt().float()
 
     def clip(self, max_norm: float, norm: Tensor | None = None) -> Tensor:
         norm = self.norm() if norm is None else norm
-        gradients = self._layout.gradients()
-        if gradients:
-            with torch.no_grad():
-                clip(gradients, norm.to(gradients[0].device), max_norm)
+        with torch.no_grad():
+            clip(self._layout.gradients(), norm, max_norm)
         return norm
 
     def clip_values(self, most: float) -> None:

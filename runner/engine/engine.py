@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from runner import distributed
 from runner.engine.backend import Backend, BuildModel, BuildOptimizer, Update
+from runner.engine.gradients import wide
 from runner.keyed import keyed, mixed
 
 
@@ -119,8 +120,7 @@ class Engine:
         found = self.backend.handle.not_finite() if looks else None
         if self.mesh.data_size == 1:
             return Exchange(loss, weight, flags, self._skip(found, loss if guard else None))
-        double = torch.float32 if self.device.type == "mps" else torch.float64
-        vector = torch.zeros(3 + len(flags), dtype=double, device=self.device)
+        vector = torch.zeros(3 + len(flags), dtype=wide(self.device), device=self.device)
         vector[0], vector[1] = loss, weight
         if found is not None:
             vector[2] = found
@@ -158,8 +158,7 @@ class Engine:
         """A step's weight over all processes: what the first step needs, before there was an exchange."""
         if self.mesh.data_size == 1:
             return weight
-        double = torch.float32 if self.device.type == "mps" else torch.float64
-        return distributed.total(torch.as_tensor(weight, device=self.device).to(double, copy=True))
+        return distributed.total(torch.as_tensor(weight, device=self.device).to(wide(self.device), copy=True))
 
     def unscale(self) -> None:
         """Makes the gradients the true ones; acts once a step."""

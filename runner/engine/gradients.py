@@ -9,6 +9,11 @@ from torch import Tensor
 _run_backward = getattr(torch.autograd.graph, "_engine_run_backward", None)
 
 
+def wide(device: torch.device) -> torch.dtype:
+    """The type for sums and counts that processes add up: float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def backward(loss: Tensor, factor: Tensor) -> None:
     """Adds the gradient of factor * loss (both 0-d), without a multiplication in the graph.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from runner.engine.gradients import global_norm
+from runner.engine.gradients import global_norm, wide
 from runner.engine.handle import LocalHandle
 from runner.engine.scaler import Scaler
 
@@ -53,12 +53,12 @@ class ShardedHandle(LocalHandle):
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         parts = [local(gradient) for gradient in gradients if _is_split(gradient)]
         whole = [local(gradient) for gradient in gradients if not _is_split(gradient)]
-        wide = torch.float32 if self._device.type == "mps" else torch.float64
-        squares = global_norm(parts).to(self._device, wide).square()
+        dtype = wide(self._device)
+        squares = global_norm(parts).to(self._device, dtype).square()
         if self._group is not None:
             dist.all_reduce(squares, group=self._group)
         if whole:
-            squares += global_norm(whole).to(self._device, wide).square()
+            squares += global_norm(whole).to(self._device, dtype).square()
         return squares.sqrt().float()
 
 

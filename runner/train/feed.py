@@ -21,7 +21,7 @@ class Feed:
         self._step = run.progress.step
         self._steps = run.train_data.steps(self._step, run.plan.steps)
         #: Whether the data set may draw from torch's generator when a step is fetched.
-        self._draws = getattr(run.train_data, "draws", True)
+        self._draws = run.train_data.draws
         self._early = run.engine.mesh.data_size > 1
         self._next: Any = None
         self._error: BaseException | None = None
