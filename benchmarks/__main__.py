@@ -1,13 +1,22 @@
-"""`python -m benchmarks NAME [options]`: overhead, first_step, parity, repeat, seeds."""
+"""`python -m benchmarks NAME [options]`: canonical, overhead, first_step, parity, repeat, saving, seeds, survive."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from benchmarks import first_step, overhead, parity, repeat, seeds
+from benchmarks import canonical, first_step, overhead, parity, repeat, saving, seeds, survive
 
-_ALL = {"overhead": overhead, "first_step": first_step, "parity": parity, "repeat": repeat, "seeds": seeds}
+_ALL = {
+    "canonical": canonical,
+    "overhead": overhead,
+    "first_step": first_step,
+    "parity": parity,
+    "repeat": repeat,
+    "saving": saving,
+    "seeds": seeds,
+    "survive": survive,
+}
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from runner.data.stream import StreamOrder
 from runner.distributed import ALONE, Ranks
 from runner.engine.backend import Backend
 from runner.engine.backends import backend_class
+from runner.engine.canonical import Canonical, CanonicalEngine
 from runner.engine.engine import Engine
 from runner.engine.mesh import Mesh
 from runner.engine.optimizer import fused_by_default, parameter_groups, without_compiler
@@ -28,6 +30,8 @@ from runner.errors import InputError, Problem, wrong
 from runner.folder import RunFolder
 from runner.hooks.early_stop import EarlyStop
 from runner.hooks.evaluation import Evaluation
+from runner.keyed import seed_all
+from runner.recipe.canonical import shards
 from runner.trackers import Trackers
 from runner.train import hook
 from runner.train.evaluate import evaluate
@@ -41,8 +45,8 @@ Config = Mapping[str, Any]
 #: Words for the scheduler's arguments that are known only when the data are.
 _LATE = {"_total_steps_": "steps", "_steps_per_epoch_": "steps_per_epoch"}
 
-#: State that may be missing in a checkpoint or left over in it: hooks come and go.
-OPTIONAL = ("hooks.*",)
+#: State that may be missing in a checkpoint or left over in it: hooks and trackers come and go.
+OPTIONAL = ("hooks.*", "trackers.*")
 
 _log = logging.getLogger("runner")
 
@@ -59,6 +63,8 @@ class Parts:
     plan: Plan
     hooks: dict[str, Any]
     trackers: Trackers
+    #: Of the data sets, once somebody has asked for them.
+    fingerprints: dict[str, Any] | None = None
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
@@ -245,7 +251,10 @@ def _precision(config: Config) -> Precision:
 def _backend(config: Config, ranks: Ranks) -> Backend:
     options = {key: value for key, value in config["backend"].items() if key != "name"}
     mesh = Mesh(ranks.rank, ranks.world_size, options.pop("replicas", 1))
-    kind = backend_class(config["backend"]["name"], ranks.world_size)
+    kind: Any = backend_class(config["backend"]["name"], ranks.world_size)
+    if config["determinism"] == "canonical":
+        options |= {"shards": shards(config["batch"]["global_size"]), "kind": kind.name}
+        kind = Canonical
     if build.accepts(kind, "recipe"):
         options["recipe"] = {
             **config["batch"],
@@ -334,15 +343,24 @@ def assemble(
     Raises InputError where model, optimizer or scheduler turn out not to fit what the configuration says.
     """
     _global_switches(config, parts.backend)
-    engine = Engine(parts.backend)
+    engine = (CanonicalEngine if isinstance(parts.backend, Canonical) else Engine)(parts.backend)
     torch.manual_seed(config["seed"])
+    # Python's and numpy's generators as well: what a hook draws follows from the seed, also after a resume.
+    importlib.import_module("numpy.random")  # otherwise whoever uses it first would find it unseeded
+    seed_all(config["seed"])
+    begin = None if resume is not None or config["init_from"] is None else _first_weights(config["init_from"])
     model = _ModelFactory(config)
     engine.prepare(model, _optimizer_factory(config, engine.device))
+    if begin is not None:
+        begin(engine.state()["model"], model.tied)
     progress = Progress()
     train_data, eval_data = _loaders(config, parts, engine, progress)
     plan = parts.plan
     schedule = _schedule(config, engine.optimizer, plan)
     hooks = parts.hooks
+    for item in hooks.values():
+        if hasattr(item, "placed"):
+            item.placed(engine)
     stateful = {name: item for name, item in hooks.items() if hasattr(item, "state_dict")}
     state = {
         **engine.state(),
@@ -350,12 +368,14 @@ def assemble(
         "progress": progress,
         **({"data": train_data} if isinstance(train_data.order, StreamOrder) else {}),
         **{f"hooks.{name}": item for name, item in stateful.items()},
+        **{f"trackers.{name}": item for name, item in parts.trackers.stateful.items()},
         "random": RandomState(),
     }
-    checkpointer = _checkpointer(config, folder, state)
+    checkpointer = _checkpointer(config, folder, state, resume)
     if resume is not None:
         loader = checkpointer or Checkpointer(folder.path / "checkpoints", state, optional=OPTIONAL)
         loader.load(resume, convert=True)
+        schedule.catch_up(progress.step - progress.skipped)
     return Run(
         name=config["name"],
         config=config,
@@ -368,7 +388,7 @@ def assemble(
         eval_data=eval_data,
         plan=plan,
         progress=progress,
-        settings=Settings(config["seed"], config["log"]["every"], config["grad_clip"], config["nan"]),
+        settings=_settings(config),
         hooks=hooks,
         events=hook.events(hooks.values()),
         trackers=parts.trackers,
@@ -380,11 +400,41 @@ def assemble(
     )
 
 
+def _settings(config: Config) -> Settings:
+    saving = config["checkpoint"] or {"async": False, "on_error": "stop"}
+    return Settings(
+        config["seed"],
+        config["log"]["every"],
+        config["grad_clip"],
+        config["nan"],
+        saves_async=saving["async"],
+        on_error=saving["on_error"],
+    )
+
+
+def _first_weights(asked: Any) -> Callable[[Any, Mapping[str, str]], None]:
+    """Finds somebody's weights before there is a model; puts them into its state, and says what became of them."""
+    from runner.checkpoint import weights
+
+    wanted = weights.Asked.of(asked)
+    source = weights.find_together(wanted, Path.cwd())
+
+    def begin(state: Any, tied: Mapping[str, str]) -> None:
+        done, left = weights.begin_with(wanted, source, state, tied)
+        _log.info("init_from: %s", done)
+        for words in left:
+            _log.warning("init_from: %s", words)
+
+    return begin
+
+
 def _global_switches(config: Config, backend: Backend) -> None:
-    threads = config["launch"]["threads"]
+    canonical = config["determinism"] == "canonical"
+    threads = 1 if canonical else config["launch"]["threads"]
     if threads is not None:
         torch.set_num_threads(threads)
-    deterministic = config["determinism"] == "kernels"
+    # On a CPU one thread is enough for the same bits.
+    deterministic = config["determinism"] == "kernels" or (canonical and backend.device.type != "cpu")
     # Asked only where it changes something: the call imports the compiler's configuration, half a second.
     if deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(deterministic)
@@ -399,6 +449,8 @@ class _ModelFactory:
     def __init__(self, config: Config) -> None:
         self._config = config
         self.built = Built()
+        #: Further names of tied weights -> the first.
+        self.tied: dict[str, str] = {}
 
     def __call__(self) -> torch.nn.Module:
         model = build.build(self._config["model"])
@@ -412,6 +464,7 @@ class _ModelFactory:
         if not any(is_trained for _, is_trained in sizes):
             raise wrong("model", "has no parameter that can be trained", "unfreeze some")
         self.built = Built(type(model).__name__, sum(size for size, _ in sizes), trained)
+        self.tied = _tied_names(model)
         return self._transformed(model)
 
     def _transformed(self, model: torch.nn.Module) -> torch.nn.Module:
@@ -430,6 +483,12 @@ class _ModelFactory:
 
             compile_model(model, config["compile"])
         return model
+
+
+def _tied_names(model: torch.nn.Module) -> dict[str, str]:
+    first: dict[int, str] = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: known for name, value in named if (known := first.setdefault(id(value), name)) != name}
 
 
 def _optimizer_factory(config: Config, device: torch.device) -> Callable[[torch.nn.Module], torch.optim.Optimizer]:
@@ -514,13 +573,25 @@ def _trackers(config: Config) -> Trackers:
     return Trackers(trackers)
 
 
-def _checkpointer(config: Config, folder: RunFolder, state: Mapping[str, Any]) -> Checkpointer | None:
+def _checkpointer(
+    config: Config, folder: RunFolder, state: Mapping[str, Any], resume: Path | None
+) -> Checkpointer | None:
     options = config["checkpoint"]
     if options is None:
         return None
     best = options["best"]
     named = None if best is None else (best["metric"], best["mode"])
-    return Checkpointer(folder.path / "checkpoints", state, options["keep"], named, optional=OPTIONAL)
+    # What `resume` names stays; what auto found may go when there are newer ones.
+    source = [] if resume is None or config["resume"] == "auto" else [resume]
+    return Checkpointer(
+        folder.path / "checkpoints",
+        state,
+        options["keep"],
+        named,
+        optional=OPTIONAL,
+        protected=source,
+        milestones=options["milestones"],
+    )
 
 
 def _save_every(config: Config, plan: Plan) -> SaveEvery:

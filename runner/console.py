@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
 log = logging.getLogger("runner")
+
+
+#: What stands for a secret that somebody else's text holds.
+REDACTED = "<redacted>"
+
+#: Shorter secrets are not looked for: they stand in words that are none.
+_SHORTEST = 6
+
+
+class _Secrets:
+    """The secret texts of this process's run."""
+
+    pattern: re.Pattern[str] | None = None
+
+
+def hide(secrets: Collection[str]) -> None:
+    """From now on these texts are taken out of messages, and of what goes through `scrub`."""
+    forms = {
+        form
+        for secret in secrets
+        if len(secret) >= _SHORTEST
+        for form in (secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1], repr(secret)[1:-1])
+    }
+    ordered = sorted(forms, key=len, reverse=True)
+    _Secrets.pattern = re.compile("|".join(map(re.escape, ordered))) if ordered else None
+
+
+def scrub(text: str) -> str:
+    """A text without the secrets of this process's run: an error's may hold anything."""
+    return text if _Secrets.pattern is None else _Secrets.pattern.sub(REDACTED, text)
 
 
 class _LiveLine:
@@ -23,7 +55,7 @@ class _LiveLine:
     def draw(self, line: str) -> None:
         """Draws it, cut to the terminal's width."""
         self.stands = True
-        say(_CLEAR + line[: shutil.get_terminal_size().columns - 1], sys.stdout)
+        say(_CLEAR + scrub(line)[: shutil.get_terminal_size().columns - 1], sys.stdout)
 
     def clear(self) -> None:
         if self.stands:
@@ -52,7 +84,7 @@ class _Terminal(logging.Handler):
         live_line.clear()
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         stream = sys.stderr if self.aside or record.levelno >= logging.ERROR else sys.stdout
-        say(f"{prefix}{record.getMessage()}\n", stream)
+        say(f"{prefix}{scrub(record.getMessage())}\n", stream)
 
 
 def say(text: str, stream: TextIO | None) -> None:
@@ -81,6 +113,13 @@ def speak(*, aside: bool = False) -> None:
         log.addHandler(_Terminal())
 
 
+class _Scrubbed(logging.Formatter):
+    """Lines without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return scrub(super().format(record))
+
+
 class _File(logging.FileHandler):
     """Flushes at most once a second, and at warnings and the end: a write for each line is felt in short steps."""
 
@@ -104,7 +143,7 @@ def keep(*files: Path) -> list[logging.Handler]:
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
         handler = _File(file, encoding="utf-8", errors="backslashreplace")
-        formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+        formatter = _Scrubbed("%(asctime)sZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
         formatter.converter = time.gmtime
         handler.setFormatter(formatter)
         log.addHandler(handler)

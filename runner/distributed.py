@@ -94,7 +94,8 @@ def join(ranks: Ranks, store: Store, device_type: str, seconds: float) -> None:
     """Makes the process group: gloo for CPU tensors and, on GPUs, NCCL for theirs.
 
     Args:
-        seconds: how long a collective may wait for another process.
+        seconds: how long a collective may wait for another process. Longer than what counts as a hang, and than a
+            start may take: who finds a hang names the process that others wait for, and a collective cannot.
     """
     import torch
     import torch.distributed as dist

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -11,13 +12,16 @@ import shutil
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
-from runner.errors import wrong
+from runner.errors import InputError, wrong
 
 _HEARTBEAT = 1.0
+#: Seconds to wait for a lock: what a killed process has started, ends a moment after it.
+_PATIENCE = 0.7
 
 
 class RunFolder:
@@ -68,20 +72,77 @@ class RunFolder:
 
     def lock(self) -> None:
         """Makes this process the only one that trains here, until it ends. Raises InputError where another does."""
-        self._lock = (self.path / ".lock").open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "unknown"
-            self._lock.close()
-            fix = "wait for it, or name another run_dir"
-            raise wrong("run_dir", f"another process trains there ({holder})", fix, value=str(self.path)) from None
+        if self._lock is not None and not self._lock.closed:
+            return
+        until = time.monotonic() + _PATIENCE
+        while (lock := self._taken("a+", fcntl.LOCK_EX)) is None:
+            if time.monotonic() > until:
+                raise self._locked()
+            time.sleep(0.02)
+        self._lock = lock
         self._lock.truncate(0)
         self._lock.write(
             f"host {socket.gethostname()}, process {os.getpid()}, since {datetime.now():%Y-%m-%d %H:%M:%S}"
         )
         self._lock.flush()
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Removes what a killed process has left of files that were being replaced."""
+        for path in self.path.glob(".*.*.[0-9]*"):
+            with suppress(OSError):
+                path.unlink()
+
+    def begin(self) -> None:
+        """Locks a folder in which nothing has happened yet, and says that a run starts there: it is no other's now."""
+        self.lock()
+        self.state("starting", step=0)
+
+    def check_free(self) -> None:
+        """Raises InputError where another process trains here: before anything else is done for a run."""
+        until = time.monotonic() + _PATIENCE
+        while (self.path / ".lock").exists():
+            lock = self._taken("r+", fcntl.LOCK_SH)
+            if lock is not None:
+                lock.close()
+                return
+            if time.monotonic() > until:
+                raise self._locked()
+            time.sleep(0.02)
+
+    def _taken(self, mode: str, kind: int) -> TextIO | None:
+        """The lock, or None where somebody else has it.
+
+        The system gives a lock free when its holder dies, however that happens. A holder that ends in order removes
+        the file: so what was locked must still be the file of that name, or two could hold a lock each.
+        """
+        path = self.path / ".lock"
+        try:
+            lock = cast(TextIO, path.open(mode, encoding="utf-8"))
+        except FileNotFoundError:
+            if mode == "a+":  # the folder was discarded meanwhile
+                self.path.mkdir(parents=True, exist_ok=True)
+            return None
+        except OSError as error:
+            why = f"is not writable: {error.strerror or error}"
+            raise wrong("run_dir", why, _WRITABLE, value=str(self.path)) from None
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                return lock
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                return lock  # a file system without locks
+        lock.close()
+        return None
+
+    def _locked(self) -> InputError:
+        try:
+            holder = (self.path / ".lock").read_text(encoding="utf-8", errors="replace").strip()
+        except OSError:
+            holder = ""
+        why = f"another process trains there ({holder or 'unknown'})"
+        return wrong("run_dir", why, "wait for it, or name another run_dir", value=str(self.path))
 
     def unlock(self) -> None:
         """Gives the folder free."""
@@ -104,8 +165,20 @@ class RunFolder:
         """Replaces a text file atomically."""
         target = self.path / name
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        temporary.write_text(text, encoding="utf-8")
+        # Names that the locale could not read come as surrogates, and go back to the bytes that they were.
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
         temporary.replace(target)
+
+    def append_line(self, name: str, line: str) -> None:
+        """Adds a line to a text file, in one piece and for good."""
+        descriptor = os.open(self.path / name, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            size = os.fstat(descriptor).st_size
+            cut_off = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"  # by a crash
+            os.write(descriptor, b"\n" * cut_off + line.encode() + b"\n")
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
     def read_json(self, name: str) -> Any:
         """The content of a JSON file, None where there is none or it is damaged."""
@@ -148,6 +221,8 @@ class Bystander(RunFolder):
     def discard(self) -> None: ...
 
     def write_text(self, name: str, text: str) -> None: ...
+
+    def append_line(self, name: str, line: str) -> None: ...
 
     def heartbeat(self, *, always: bool = False, **more: Any) -> None: ...
 

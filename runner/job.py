@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import resource
 import shlex
 import sys
 import time
 import traceback
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals as Signal
@@ -25,15 +26,18 @@ from runner.checkpoint import find, latest
 from runner.data.main import Remote
 from runner.debugging import CollectiveWatch, explain, standing
 from runner.distributed import ALONE, Ranks
-from runner.drift import compare, setting
+from runner.drift import Drift, compare, setting
 from runner.environment import describe_later
 from runner.errors import Elsewhere, InputError, RunnerError, wrong
 from runner.folder import Bystander, RunFolder, finite
-from runner.launch.failure import is_secondary, record, redirect
-from runner.launch.worker import WorkPlan
+from runner.heartbeat import ENDING, Heartbeat
+from runner.launch.failure import Failure, is_secondary, record, redirect, show, tell_run, told_run, worded
+from runner.launch.report import BEAT, Report, file_of
+from runner.launch.watch import START, Watchdog
+from runner.launch.worker import WorkPlan, leave
 from runner.places import make_importable
 from runner.recipe.redact import redact, redact_command, secrets_of
-from runner.signals import Interrupted, Signals, exit_code, handled
+from runner.signals import Interrupted, Signals, end_workers, exit_code, handled
 from runner.train.loop import train
 from runner.train.progress import Plan
 from runner.train.run import Run
@@ -54,27 +58,31 @@ class Place:
     resume: Path | None
     fresh: bool
     finished: bool = False
+    drift: Drift | None = None
 
 
 def work(plan: WorkPlan, ranks: Ranks = ALONE, store: Store | None = None) -> int:
     """Does this process's part of the job. Returns its exit code; raises InputError where the user's input is wrong."""
     make_importable(Path(plan.directory))
+    console.hide(secrets_of(plan.config, plan.written))
     environment = describe_later(Path(plan.directory)) if ranks.main else None
     together = False
     with handled() as signals, ExitStack() as watch:
         signals.speaks = ranks.main
+        signals.handed_on = plan.report is not None or ranks.world_size > 1
         try:
             if needs_group(plan.config, ranks):
                 device = "cuda" if plan.config["device"] != "cpu" and torch.cuda.is_available() else "cpu"
                 group = store if store is not None else distributed.store(ranks)
-                distributed.join(ranks, group, device, plan.config["launch"]["timeout"])
+                distributed.join(ranks, group, device, max(START, plan.config["launch"]["timeout"]) + 60.0)
             if ranks.world_size > 1 and plan.report is None and plan.config["launch"]["threads"] is None:
                 # Our own parent has shared the cores out; other launchers give each process one, or all of them.
                 torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
             parts, place = _agreed(plan, ranks)
             if plan.config["debug"]:
                 watch.enter_context(CollectiveWatch(min(60.0, plan.config["launch"]["timeout"])))
-            place.folder.lock()
+            if ranks.main:
+                tell_run(plan, place.folder.path, _command(plan, _short(place.folder.path, plan)))
             try:
                 if not place.finished:
                     code = _in_folder(plan, parts, place, ranks, signals, environment)
@@ -105,7 +113,7 @@ def _agreed(plan: WorkPlan, ranks: Ranks) -> tuple[Parts, Place]:
     if ranks.main:
         try:
             parts = check(plan.config, ranks)
-            place = _place(plan, parts)
+            place = _place(plan, parts, _again(plan, ranks))
         except BaseException as error:
             refused = error
     if parts is not None and plan.config["data"]["reader"] == "main":
@@ -121,8 +129,10 @@ def _agreed(plan: WorkPlan, ranks: Ranks) -> tuple[Parts, Place]:
     try:
         _all_agree(refused, told is not None)
     except BaseException:
-        if place is not None and place.fresh:
-            place.folder.discard()
+        if place is not None:
+            if place.fresh:
+                place.folder.discard()
+            place.folder.unlock()
         raise
     assert parts is not None
     assert place is not None
@@ -150,10 +160,10 @@ def _in_folder(plan: WorkPlan, parts: Parts, place: Place, ranks: Ranks, signals
     if not ranks.main:
         redirect(own_log)
     run: Run | None = None
+    watchdog: Watchdog | None = None
     try:
         distributed.barrier()  # all logs are there: none is made again in a folder that the first process has discarded
         if fresh:
-            folder.state("starting", step=0)
             _write_inputs(plan, folder)
         terminal = plan.terminal if ranks.main else "dumb"
         built = assemble(plan.config, parts, folder, resume=resume, terminal=terminal)
@@ -170,9 +180,15 @@ def _in_folder(plan: WorkPlan, parts: Parts, place: Place, ranks: Ranks, signals
             _explain(run)
         if resume is not None:
             log.info("  goes on  after step %d, from %s", run.progress.step, _short(resume, plan))
+        if place.drift is not None:
+            place.drift.tell()
         run.trackers.start(folder.path, run.progress.step, run.config)
         run.startup_seconds = time.time() - plan.started
         folder.state("running", step=run.progress.step)
+        if plan.watched and plan.report is not None:
+            run.heartbeat = Heartbeat(Report(plan.report).path(file_of(ranks.rank, BEAT)))
+        else:
+            watchdog = _watchdog(run, plan, ranks).start()
         signals.run = run
         train(run)
         return _ended(run, plan)
@@ -187,9 +203,13 @@ def _in_folder(plan: WorkPlan, parts: Parts, place: Place, ranks: Ranks, signals
         return _failed(error, run, folder, plan, ranks)
     finally:
         signals.run = None
+        if watchdog is not None:
+            watchdog.stop()
         if run is not None:
+            run.heartbeat.beat(ENDING, run.progress.step)
             run.trackers.close()
             _drop(run)
+            end_workers()
         if ranks.main and folder.path.is_dir():
             _write_environment(folder, environment, parts)
         console.close(handlers)
@@ -207,24 +227,50 @@ def _finished(folder: RunFolder, length: Plan) -> bool:
     return True
 
 
-def _place(plan: WorkPlan, parts: Parts) -> Place:
-    """The run's folder, and the checkpoint to go on from."""
+def _again(plan: WorkPlan, ranks: Ranks) -> str | None:
+    """The folder that an earlier attempt of these processes has made."""
+    if plan.again is None and plan.report is not None and ranks.attempt:
+        return told_run(Report(plan.report)).get("folder")
+    return plan.again
+
+
+def _place(plan: WorkPlan, parts: Parts, again: str | None = None) -> Place:
+    """The run's folder, locked, and the checkpoint to go on from; after an earlier attempt, where that stopped."""
     resume = plan.config["resume"]
     named = None if resume in ("auto", "never") else find(Path(plan.directory, resume))
-    if named is not None:
-        compare(plan, parts, named)
-    if plan.run_dir is None:
-        return Place(RunFolder.new(Path(plan.directory, "runs"), plan.config["name"]), named, True)
-    path = Path(plan.directory, plan.run_dir)
+    drift = None if named is None else compare(plan, parts, named)
+    if plan.run_dir is None and again is None:
+        new = RunFolder.new(Path(plan.directory, "runs"), plan.config["name"])
+        new.begin()
+        return Place(new, named, True, drift=drift)
+    path = Path(again or Path(plan.directory, plan.run_dir or ""))
     folder = RunFolder.named(path)
-    if not any(child.name != ".lock" for child in path.iterdir()):
-        return Place(folder, named, True)
-    if resume == "never":
+    folder.lock()
+    try:
+        return _place_in(folder, plan, parts, named, drift, again)
+    except BaseException:
+        folder.unlock()
+        raise
+
+
+def _place_in(
+    folder: RunFolder, plan: WorkPlan, parts: Parts, named: Path | None, drift: Drift | None, again: str | None
+) -> Place:
+    """The same in a folder that is named: a fresh start, or going on there."""
+    path = folder.path
+    if all(child.name.startswith(".") for child in path.iterdir()):
+        folder.begin()
+        return Place(folder, named, True, drift=drift)
+    if again is not None:
+        last = latest(path / "checkpoints")
+        drift = drift if last is None else compare(plan, parts, last)
+        return Place(folder, last or named, False, _finished(folder, parts.plan), drift)
+    if plan.config["resume"] == "never":
         raise wrong(
             "resume",
             f"never, and {plan.run_dir} is not empty",
             "name another run_dir, or say resume=auto",
-            value=resume,
+            value="never",
         )
     if not (path / "status.json").exists():
         raise wrong(
@@ -235,11 +281,10 @@ def _place(plan: WorkPlan, parts: Parts) -> Place:
         )
     finished = _finished(folder, parts.plan)
     if named is not None or finished:
-        return Place(folder, named, False, finished)
+        return Place(folder, named, False, finished, drift)
     last = latest(path / "checkpoints")
-    if last is not None:
-        compare(plan, parts, last)
-    return Place(folder, last, False)
+    drift = None if last is None else compare(plan, parts, last)
+    return Place(folder, last, False, drift=drift)
 
 
 def _write_inputs(plan: WorkPlan, folder: RunFolder) -> None:
@@ -255,6 +300,8 @@ def _write_environment(folder: RunFolder, environment: Any, parts: Parts) -> Non
         devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     try:
         found = environment.result(timeout=5)
+        if found.get("git"):
+            found["git"]["difference"] = console.scrub(found["git"]["difference"])
     except Exception as error:
         found = {"error": str(error)}
     folder.write_json(
@@ -346,6 +393,47 @@ def _ended(run: Run, plan: WorkPlan) -> int:
     return exit_code(stopped)
 
 
+def _key_of(error: BaseException, run: Run) -> str | None:
+    """The key of the configuration whose object raised an error, by whose methods are in its traceback."""
+    named = {id(hook): f"hooks.{name}" for name, hook in run.hooks.items()}
+    named[id(run.task)] = "task"
+    for data, key in ((run.train_data, "data.train"), (run.eval_data, "data.eval")):
+        named[id(getattr(data, "dataset", None))] = key
+    found, trace = None, error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        own = frame.f_locals.get("self")
+        if own is not None and id(own) in named:
+            found = named[id(own)]
+        elif isinstance(own, torch.nn.Module) and frame.f_code.co_name == "forward":
+            found = "model"
+        trace = trace.tb_next
+    return found
+
+
+def _watchdog(run: Run, plan: WorkPlan, ranks: Ranks) -> Watchdog:
+    """For a process that no parent of ours watches: ends it where it makes no progress."""
+
+    def end(what: str) -> None:
+        error = RunnerError(what)
+        step, told = run.progress.step, f"{plan.config['name']} failed"
+        run.folder.state("failed", step=step, reason=what)
+        with suppress(OSError, KeyError):
+            before = run.folder.read_json("summary.json") or {}
+            run.folder.write_json("summary.json", {**before, "status": "failed", "steps": step, "error": what})
+        record(plan, ranks, error, FAILED, told=told, folder=run.folder.path)
+        go_on = _command(plan, _short(run.folder.path, plan)) if ranks.world_size == 1 else None
+        if plan.report is None:
+            show(Failure.of(error, ranks, FAILED, told, go_on), plan)
+        end_workers()
+        for child in multiprocessing.active_children():
+            child.kill()
+        leave(FAILED)
+
+    timeout, compiles = plan.config["launch"]["timeout"], bool(plan.config["compile"])
+    return Watchdog(run.heartbeat, timeout, run.folder.path, end, rank=ranks.rank, compiles=compiles)
+
+
 def _failed(error: BaseException, run: Run | None, folder: RunFolder, plan: WorkPlan, ranks: Ranks) -> int:
     """Tells of a failure: its cause last, once; the traceback only where the user needs it.
 
@@ -355,16 +443,19 @@ def _failed(error: BaseException, run: Run | None, folder: RunFolder, plan: Work
     if isinstance(error, Interrupted):
         folder.state("interrupted", step=step, reason=str(error))
         raise error
-    what = f"{type(error).__name__}: {error}" if not isinstance(error, RunnerError) else str(error)
-    folder.state("failed", step=step, reason=what)
-    folder.write_json("summary.json", {**_summary("failed", run, plan), "error": what})
-    text = "".join(traceback.format_exception(error))
+    key = None if run is None or isinstance(error, RunnerError) else _key_of(error, run)
+    what = worded(error, key)
+    with suppress(OSError):  # the folder may have gone, or its disk be full: the error itself must be told
+        folder.state("failed", step=step, reason=what)
+        folder.write_json("summary.json", {**_summary("failed", run, plan), "error": what})
+    text = console.scrub("".join(traceback.format_exception(error)))
     where = f"after step {step}" if step else "before its first step"
     told = f"{plan.config['name']} failed {where}"
     name = "error.txt" if ranks.world_size == 1 else f"error_rank_{ranks.rank}.txt"
-    (folder.path / "logs" / name).write_text(text, encoding="utf-8")
+    with suppress(OSError):
+        (folder.path / "logs" / name).write_text(text, encoding="utf-8", errors="backslashreplace")
     go_on = _command(plan, _short(folder.path, plan))
-    record(plan, ranks, error, FAILED, told=told, go_on=go_on, folder=folder.path)
+    record(plan, ranks, error, FAILED, told=told, go_on=go_on, folder=folder.path, key=key)
     if plan.report is not None:
         with console.muted():
             log.error("%s (rank %d): %s", told, ranks.rank, what)
@@ -394,7 +485,7 @@ def _summary(status: str, run: Run | None, plan: WorkPlan) -> dict[str, Any]:
     progress, device = run.progress, run.engine.device
     seconds = progress.seconds
     here = max(seconds - progress.seconds_before - run.paused_seconds, 1e-9)
-    saved = run.checkpointer.latest() if run.checkpointer else None
+    saved = run.checkpointer.newest if run.checkpointer else None
     summary = {
         **common,
         "steps": progress.step,

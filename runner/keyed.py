@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import random
+import sys
+
+import torch
 
 
 def keyed(*words: int | str) -> int:
@@ -17,6 +21,14 @@ def mixed(key: int, number: int) -> int:
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
     return x ^ (x >> 31)
+
+
+def seed_all(number: int) -> None:
+    """Seeds the process-wide generators: torch's (on the CPU), Python's, and numpy's where that is used."""
+    torch.default_generator.manual_seed(number)
+    random.seed(number)
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed(number & 0xFFFFFFFF)
 
 
 _MASK = (1 << 64) - 1

@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
 import os
 import signal
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 PREEMPTED, INTERRUPTED = 75, 130
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+#: SIGHUP comes when the terminal goes; `nohup` has it ignored, and so it stays.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+#: One signal for all processes of a job comes to each of them twice: from who sent it, and handed on by a parent.
+TWICE = 0.5
+
+T = TypeVar("T")
 
 
 def exit_code(number: int) -> int:
     return INTERRUPTED if number == signal.SIGINT else PREEMPTED
 
 
+def at_once(number: int) -> int:
+    """The exit code after a second signal."""
+    return INTERRUPTED if number == signal.SIGINT else 128 + signal.SIGTERM
+
+
+def heard() -> list[signal.Signals]:
+    """The signals that end a run here: all but those that whoever started this process has ignored."""
+    return [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+
+
 class Interrupted(BaseException):
-    """A signal came before there was a training that could end in order."""
+    """A signal came before there was a training that could end in order, or while data were waited for."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -27,33 +46,58 @@ class Interrupted(BaseException):
 class Signals:
     """The handler: tells `run` (anything with an attribute `signal`) of the first signal; leaves at the second.
 
-    `speaks` says whether this process tells the user that it has heard.
+    `speaks` says whether this process tells the user that it has heard, `handed_on` whether a parent hands signals on.
     """
 
-    run: Any = None
-    received = False
     speaks = True
+    handed_on = False
 
     def __init__(self) -> None:
+        self.received: int | None = None
+        self._run: Any = None
         self._process = os.getpid()
+        self._when = 0.0
+        self._waits = 0
+
+    @property
+    def run(self) -> Any:
+        return self._run
+
+    @run.setter
+    def run(self, run: Any) -> None:
+        self._run = run
+        # Where code in between has swallowed the exception of a signal, the training still hears of it.
+        if run is not None and self.received is not None:
+            run.signal = self.received
 
     def __call__(self, number: int, frame: Any) -> None:
         if os.getpid() != self._process:
-            # A data worker, forked with this handler: the training process decides when it ends.
-            if number != signal.SIGINT:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            return
-        if self.received:
-            os._exit(INTERRUPTED if number == signal.SIGINT else 128 + number)
-        self.received = True
-        if self.run is None:
+            return  # a process that was forked with this handler: the training process decides when it ends
+        if self.received is not None:
+            if self.handed_on and time.monotonic() - self._when < TWICE:
+                return
+            os._exit(at_once(number))
+        self.received, self._when = number, time.monotonic()
+        if self._run is None:
             raise Interrupted(number)
-        self.run.signal = number
+        self._run.signal = number
         if self.speaks:
             # No logging here: the signal may have come while the logger held its lock.
             name = signal.Signals(number).name
             os.write(2, f"\n{name}: finishing this step and saving; once more to leave at once\n".encode())
+        if self._waits:
+            raise Interrupted(number)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While data workers are waited for: a signal ends the wait with Interrupted."""
+        self._waits += 1
+        try:
+            if self.received is not None:
+                raise Interrupted(self.received)
+            yield
+        finally:
+            self._waits -= 1
 
 
 @contextmanager
@@ -61,7 +105,7 @@ def handled() -> Iterator[Signals]:
     """The handler in the place of Python's own, where this is the main thread."""
     handler = Signals()
     try:
-        before = {number: signal.signal(number, handler) for number in SIGNALS}
+        before = {number: signal.signal(number, handler) for number in heard()}
     except ValueError:
         # Not the main thread (a notebook's, a test's): signals belong to somebody else.
         yield handler
@@ -71,3 +115,48 @@ def handled() -> Iterator[Signals]:
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+def awaited(get: Any, *arguments: T) -> Any:
+    """What a call gives that waits for a data worker; raises Interrupted when a signal comes meanwhile."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if not isinstance(handler, Signals):
+        return get(*arguments)
+    with handler.waiting():
+        return get(*arguments)
+
+
+# --- processes that a training process has started -------------------------------------------------------------------
+
+
+def end_with(parent: int) -> None:
+    """Asks the system to kill this process when its parent dies, where it can, and makes sure that it still lives."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def in_worker(number: int = 0) -> None:
+    """To be called first in a data worker (`worker_init_fn`): it ends with its training process, and by it alone."""
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid is not None:
+        end_with(parent.pid)
+
+
+def end_workers() -> None:
+    """Ends the data workers of this process at once: a busy one would be waited for, and they hear no signal."""
+    children = [child for child in multiprocessing.active_children() if child.daemon]
+    if not children:
+        return
+    try:
+        # torch's handler would raise an error for each of them.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    except ValueError:
+        return  # not the main thread
+    for child in children:
+        child.kill()
+    for child in children:
+        child.join(1.0)

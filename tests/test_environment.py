@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from runner import environment
-from runner.environment import describe, describe_later
+from runner.environment import commit_of, describe, describe_later, own_code, version_of, versions_in_use
 
 
 def git(folder: Path, *words: str) -> None:
@@ -76,3 +76,45 @@ def test_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_later_is_the_same(repository: Path) -> None:
     assert describe_later(repository).result(timeout=20) == describe(repository)
+
+
+def test_a_commit(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert commit_of(repository) == describe(repository)["git"]["commit"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit_of(repository) is None
+
+
+def test_versions_in_use() -> None:
+    found = versions_in_use()
+    assert found["torch"] == __import__("torch").__version__
+    assert "hydra-core" not in found
+    assert version_of("no-such-package") is None
+
+
+def test_a_checkout_is_known_by_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))
+    (tmp_path / "a.py").write_text("one")
+    first = version_of("runner")
+    assert first is not None
+    assert "+source." in first
+    (tmp_path / "a.py").write_text("two")
+    assert version_of("runner") != first
+    (tmp_path / "site-packages").mkdir()
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "site-packages" / "environment.py"))
+    assert "+source." not in str(version_of("runner"))
+
+
+def test_code_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("imported_here.py", "not_imported.py", ".hidden/h_here.py", "site-packages/s_here.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x = 1\n")
+    for folder in (".hidden", "site-packages"):
+        monkeypatch.syspath_prepend(str(tmp_path / folder))
+    for name in ("imported_here", "h_here", "s_here"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        __import__(name)
+    before = own_code(tmp_path)
+    assert list(before) == ["imported_here.py"]
+    (tmp_path / "imported_here.py").write_text("x = 2\n")
+    assert own_code(tmp_path) != before

@@ -60,7 +60,10 @@ def test_samples_a_second_count_this_process_only(job: Job) -> None:
 def test_a_failed_job(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     result = job(hooks=hooks("Crash", step=3))
     assert result.code == 1
-    assert (result.summary["status"], result.summary["error"]) == ("failed", "RuntimeError: crash on purpose")
+    assert (result.summary["status"], result.summary["error"]) == (
+        "failed",
+        "RuntimeError: crash on purpose (in hooks.more)",
+    )
     assert (status(result)["state"], status(result)["step"]) == ("failed", 3)
     assert "Traceback" in (result.path / "logs" / "error.txt").read_text()
     assert "crash on purpose" in capsys.readouterr().err
@@ -164,6 +167,7 @@ def test_a_folder_that_is_no_run(tmp_path: Path, quiet: None) -> None:
 def test_the_best_checkpoint_may_be_the_last(job: Job) -> None:
     """Saved every 7 steps, evaluated only at the end: the last checkpoint has the metrics of the last evaluation."""
     best = {"metric": "accuracy", "mode": "max"}
-    result = job(checkpoint={"every": {"steps": 7}, "keep": 2, "best": best}, eval__every="never")
+    saving = {**config()["checkpoint"], "every": {"steps": 7}, "best": best}
+    result = job(checkpoint=saving, eval__every="never")
     found = result.summary["best"]
     assert (found["metric"], found["value"], found["step"]) == ("accuracy", result.eval[-1]["accuracy"], 14)

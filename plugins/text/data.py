@@ -227,6 +227,13 @@ def _load_splits(path: str, task: str) -> Any:
         raise wrong(
             "data.task", f"this needs a package that is not installed: {error}", "pip install datasets", value=task
         ) from error
+    if Path(path).suffix == ".py" or (Path(path) / f"{Path(path).name}.py").is_file():
+        raise wrong(
+            "data.path",
+            "data sets with a loading script of their own are not loaded: the script would be run",
+            f'datasets.load_dataset("nyu-mll/glue", "{task}").save_to_disk(FOLDER) makes a copy that needs none',
+            value=path,
+        )
     try:
         if (Path(path) / "dataset_dict.json").is_file():
             return datasets.load_from_disk(path)

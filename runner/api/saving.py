@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from runner import shares
 from runner.errors import wrong
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
@@ -32,7 +33,7 @@ def all_names(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor) or id(value) not in known:
-            known[id(value)] = next(values)
+            known[id(value)] = shares.whole(next(values))
         found[name] = known[id(value)]
     return found
 

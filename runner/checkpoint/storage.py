@@ -1,19 +1,21 @@
 """How torch.distributed.checkpoint (DCP) writes into and reads from a checkpoint's folder.
 
-DCP plans which process writes and reads which part of which tensor; here are its two storage classes, which put
-tensors into safetensors files, and the manifest in the place of DCP's own pickle. Importing this module imports
-DCP, which takes a second, so it is imported where something is saved or loaded.
+DCP plans which process writes and reads which part of which tensor; here is what it plans for: safetensors files, and
+the manifest in the place of DCP's own pickle. Its planner is asked directly, because its `save` talks through the
+group, and changes the warnings, of the whole process, which a thread beside the training must not. Importing this
+module imports DCP, which takes a second, so it is imported where something is saved or loaded.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import errno
 import json
 import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,33 +33,197 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from runner.checkpoint.manifest import Chunk, Damaged, Entry, Manifest
-from runner.checkpoint.synced import synced_file
-from runner.checkpoint.tensor_file import TYPES, Piece, type_name, write_file
+from runner import distributed
+from runner.checkpoint import store
+from runner.checkpoint.failure import Failure, SaveFailed, first, free_bytes
+from runner.checkpoint.manifest import Chunk, Damaged, Entry, File, Manifest
+from runner.checkpoint.peers import Peers
+from runner.checkpoint.synced import sync_folder, synced_file
+from runner.checkpoint.tensor_file import SUFFIX, TYPES, Piece, size_of, type_name, write_file
 from runner.errors import RunnerError
 
+Documents = Mapping[str, Any]
 
-def write_checkpoint(
-    folder: Path, tensors: Mapping[str, Tensor], draft: Manifest, documents: Mapping[str, Any]
-) -> None:
-    """Writes a checkpoint's files into an empty folder, the manifest last; every process of a job calls it.
 
-    `draft` is the manifest without files and tensors; `documents` are file names and what JSON they hold, written
-    by the first process. Raises what went wrong in a writer (OSError), and RunnerError as `check_types` does.
+@dataclass(frozen=True)
+class _Place:
+    """Where a part of a tensor has been written, and what became of the file."""
+
+    index: MetadataIndex
+    file: str
+    key: str
+    written: File
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one process has to write: DCP's items, and the memory of each."""
+
+    items: list[WriteItem]
+    tensors: Mapping[MetadataIndex, Tensor]
+
+
+def own_part(tensors: Mapping[str, Tensor]) -> Part:
+    """This process's part of the tensors, which are not copied. What all have alike is the first process's.
+
+    Raises RunnerError as `check_types` does.
     """
     check_types(tensors)
-    with _plain_errors():
-        save(
-            dict(tensors),
-            storage_writer=Writer(folder, draft, documents),
-            # What processes hold alike is the first one's: only its buffers (running means) count in training.
-            planner=DefaultSavePlanner(flatten_state_dict=False, dedup_save_to_lowest_rank=True),
-            no_dist=_alone(),
-        )
+    first = distributed.rank() == 0
+    planner = _planner()
+    own = {name: tensor for name, tensor in tensors.items() if _writes(tensor, first)}
+    planner.set_up_planner(own, is_coordinator=first)
+    items = planner.create_local_plan().items
+    return Part(items, {item.index: _memory(planner, item) for item in items})
+
+
+def write_checkpoint(folder: Path, part: Part, draft: Manifest, documents: Documents, peers: Peers) -> Path:
+    """Writes and publishes the checkpoint of `draft.step`; every process of a job calls it.
+
+    `draft` is the manifest without files and tensors; `documents` are file names and what JSON they hold, written by
+    the first process. Raises SaveFailed on all processes where one of them fails; nothing of it is left then.
+    """
+    path = store.path_of(folder, draft.step)
+    try:
+        failure = _lead(path, part, draft, documents, peers) if peers.rank == 0 else _follow(part, peers)
+    except Exception as error:
+        # The processes do not even hear each other any more.
+        failure = Failure.of(error, peers.rank, peers.world)
+    if failure is not None:
+        raise SaveFailed(path, failure.why, failure.needed, failure.free, failure.errno)
+    return path
+
+
+def _lead(path: Path, part: Part, draft: Manifest, documents: Documents, peers: Peers) -> Failure | None:
+    """The first process: plans for all, makes the folder, and publishes it when everything has been written."""
+    plans = [SavePlan(items) for items in peers.gather(part.items)]
+    needed: int | None = None
+    failure: Failure | None = None
+    staging: Path | None = None
+    tasks: list[Any] = []
+    texts: dict[str, bytes] = {}
+    try:
+        try:
+            planner = _planner()
+            planner.set_up_planner({}, is_coordinator=True)
+            plans, metadata = planner.create_global_plan(plans)
+            texts = {name: _encoded(document) for name, document in documents.items()}
+            needed = _needed(plans, draft, texts)
+            staging = store.begin(path)
+            _check_space(staging, needed)
+            tasks = [(staging / f"rank_{rank}{SUFFIX}", plan.items) for rank, plan in enumerate(plans)]
+        except Exception as error:
+            failure = Failure.of(error)
+        task = peers.scatter([failure] * peers.world if failure else tasks)
+        if failure is None:
+            said = peers.gather(_attempt(task, part, peers))
+            failure = first(said)
+            if failure is None:
+                assert staging is not None
+                try:
+                    written = {place.index: place for results in said for place in results}
+                    _finish(staging, metadata, written, replace(draft, world=peers.world), texts)
+                    store.publish(staging, path)
+                except Exception as error:
+                    failure = Failure.of(error, 0, peers.world)
+        if failure is not None:
+            if staging is not None:
+                store.discard(staging)
+            failure = replace(failure, needed=needed, free=free_bytes(path.parent))
+    except BaseException:
+        if staging is not None:
+            store.discard(staging)
+        raise
+    found: Failure | None = peers.broadcast(failure)
+    return found
+
+
+def _follow(part: Part, peers: Peers) -> Failure | None:
+    peers.gather(part.items)
+    task = peers.scatter(None)
+    if not isinstance(task, Failure):
+        peers.gather(_attempt(task, part, peers))
+    found: Failure | None = peers.broadcast(None)
+    return found
+
+
+def _attempt(task: tuple[Path, list[WriteItem]], part: Part, peers: Peers) -> list[_Place] | Failure:
+    try:
+        return _write_file(*task, part)
+    except Exception as error:
+        return Failure.of(error, peers.rank, peers.world)
+
+
+def _write_file(file: Path, items: list[WriteItem], part: Part) -> list[_Place]:
+    """Writes one process's tensors; returns where each of them is, and the file's size and hash."""
+    if not items:
+        return []
+    pieces = [_piece(item, key, part) for item, key in zip(items, _keys(items), strict=True)]
+    done = File(*write_file(file, pieces))
+    return [_Place(item.index, file.name, piece.key, done) for item, piece in zip(items, pieces, strict=True)]
+
+
+def _finish(
+    folder: Path,
+    metadata: Metadata,
+    written: Mapping[MetadataIndex, _Place],
+    draft: Manifest,
+    texts: Mapping[str, bytes],
+) -> None:
+    """Writes the documents and, last, the manifest."""
+    files = {place.file: place.written for place in written.values()}
+    for name, text in texts.items():
+        with synced_file(folder / name) as stream:
+            stream.write(text)
+        files[name] = File(stream.size, stream.hash)
+    tensors = {name: _entry(name, meta, written) for name, meta in metadata.state_dict_metadata.items()}
+    replace(draft, files=files, tensors=tensors).write(folder)
+    sync_folder(folder)
+
+
+def _needed(plans: list[SavePlan], draft: Manifest, texts: Mapping[str, bytes]) -> int:
+    """The bytes that a checkpoint will take, but for what a file system adds."""
+    tensors = sum(size_of([_outline(item, key) for item, key in _named(plan.items)]) for plan in plans if plan.items)
+    entries = sum(200 + 2 * len(item.index.fqn) for plan in plans for item in plan.items)
+    return tensors + entries + len(draft.text()) + sum(map(len, texts.values()))
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    """Raises OSError where the file system says at once that it will not do; it may still say so later."""
+    free = free_bytes(folder)
+    if free is not None and free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _planner() -> DefaultSavePlanner:
+    return DefaultSavePlanner(flatten_state_dict=False, dedup_save_to_lowest_rank=True)
+
+
+def _writes(tensor: Tensor, first: bool) -> bool:
+    """Whether this process may have to write some of a tensor; of replicas only the first along their dimension."""
+    if not hasattr(tensor, "__create_write_items__"):
+        return first
+    placements, mesh = getattr(tensor, "placements", None), getattr(tensor, "device_mesh", None)
+    if placements is None or mesh is None:
+        return True
+    place = mesh.get_coordinate()
+    if place is None:
+        return False
+    return not any(placement.is_replicate() and where for placement, where in zip(placements, place, strict=True))
+
+
+def _memory(planner: SavePlanner, item: WriteItem) -> Tensor:
+    tensor = planner.resolve_data(item)
+    if item.tensor_data is None or not isinstance(tensor, Tensor):
+        raise RuntimeError(f"{item.index.fqn} is not a tensor; DCP would pickle it")
+    return tensor.detach()
+
+
+def _encoded(document: Any) -> bytes:
+    return json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
 
 
 def check_types(tensors: Mapping[str, Tensor]) -> None:
@@ -79,49 +245,6 @@ def read_tensors(folder: Path, manifest: Manifest, targets: Mapping[str, Tensor]
             planner=DefaultLoadPlanner(flatten_state_dict=False),
             no_dist=_alone(),
         )
-
-
-class Writer(StorageWriter):
-    """Writes one file `rank_N.safetensors` a process; then the first process the documents and the manifest."""
-
-    def __init__(self, folder: Path, draft: Manifest, documents: Mapping[str, Any]) -> None:
-        self.folder, self.draft, self.documents = folder, draft, documents
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return [dataclasses.replace(plan, storage_data=f"rank_{rank}.safetensors") for rank, plan in enumerate(plans)]
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        if not plan.items:
-            return _done([])
-        pieces = [_piece(item, key, planner) for item, key in zip(plan.items, _keys(plan.items), strict=True)]
-        size = write_file(self.folder / plan.storage_data, pieces)
-        return _done(
-            [
-                WriteResult(item.index, piece.bytes, (plan.storage_data, piece.key, size))
-                for item, piece in zip(plan.items, pieces, strict=True)
-            ]
-        )
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        written = {result.index: result.storage_data for results_of_rank in results for result in results_of_rank}
-        files = {file: size for file, _key, size in written.values()}
-        for name, document in self.documents.items():
-            with synced_file(self.folder / name) as stream:
-                stream.write(json.dumps(document, allow_nan=False, separators=(",", ":")).encode())
-                files[name] = stream.tell()
-        tensors = {name: _entry(name, meta, written) for name, meta in metadata.state_dict_metadata.items()}
-        dataclasses.replace(self.draft, files=files, tensors=tensors).write(self.folder)
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None: ...
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None: ...
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: ARG003
-        return False
 
 
 class Reader(StorageReader):
@@ -195,23 +318,29 @@ def _keys(items: list[WriteItem]) -> list[str]:
     ]
 
 
-def _piece(item: WriteItem, key: str, planner: SavePlanner) -> Piece:
-    if item.tensor_data is None:
-        raise RuntimeError(f"{key} is not a tensor; DCP would pickle it")
-
-    def get() -> Tensor:
-        tensor = planner.resolve_data(item)
-        assert isinstance(tensor, Tensor)
-        return tensor
-
-    return Piece(key, item.tensor_data.properties.dtype, tuple(item.tensor_data.chunk.sizes), get)
+def _named(items: list[WriteItem]) -> Iterator[tuple[WriteItem, str]]:
+    return zip(items, _keys(items), strict=True)
 
 
-def _entry(name: str, meta: Any, written: Mapping[MetadataIndex, tuple[str, str, int]]) -> Entry:
+def _piece(item: WriteItem, key: str, part: Part) -> Piece:
+    return replace(_outline(item, key), get=lambda: part.tensors[item.index])
+
+
+def _outline(item: WriteItem, key: str) -> Piece:
+    data = item.tensor_data
+    assert data is not None
+    return Piece(key, data.properties.dtype, tuple(data.chunk.sizes), _nothing)
+
+
+def _nothing() -> Tensor:
+    raise RuntimeError("an outline has no contents")
+
+
+def _entry(name: str, meta: Any, written: Mapping[MetadataIndex, _Place]) -> Entry:
     chunks = []
     for chunk in meta.chunks:
-        file, key, _size = written[MetadataIndex(name, chunk.offsets)]
-        chunks.append(Chunk(tuple(chunk.offsets), tuple(chunk.sizes), file, key))
+        place = written[MetadataIndex(name, chunk.offsets)]
+        chunks.append(Chunk(tuple(chunk.offsets), tuple(chunk.sizes), place.file, place.key))
     return Entry(type_name(meta.properties.dtype), tuple(meta.size), tuple(chunks))
 
 

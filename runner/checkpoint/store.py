@@ -7,17 +7,20 @@ a part of one, and what a killed process leaves has a name that no reader takes.
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
 import re
 import secrets
 import shutil
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from runner.checkpoint import manifest
 from runner.checkpoint.manifest import Damaged, Manifest
 from runner.checkpoint.synced import sync_folder
+from runner.checkpoint.verify import verify
 from runner.errors import InputError, RunnerError, wrong
 
 log = logging.getLogger(__name__)
@@ -40,7 +43,9 @@ def candidates(folder: Path) -> list[Path]:
     """The folders that are named like a checkpoint, by rising step; anything else in there is nobody's business."""
     if not folder.is_dir():
         return []
-    found = [child for child in folder.iterdir() if _STEP.fullmatch(child.name) and child.is_dir()]
+    found = [
+        child for child in folder.iterdir() if _STEP.fullmatch(child.name) and child.is_dir() and not child.is_symlink()
+    ]
     return sorted(found, key=lambda path: (step_of(path), path.name))
 
 
@@ -48,12 +53,14 @@ def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint, passing over damaged ones with a warning; None where there never was one.
 
     Raises RunnerError where there are checkpoints and none is complete: a silent fresh start would hide it. Raises
-    InputError where the newest was written by a newer version of the program.
+    InputError where the newest was written by a newer version of the program. All files are read: what is taken has
+    the hashes that it was written with.
     """
+    bring_back(folder)
     found = candidates(folder)
     for path in reversed(found):
         try:
-            Manifest.read(path)
+            verify(path, Manifest.read(path))
         except Damaged as error:
             log.warning("%s; taking the one before", error)
         else:
@@ -74,7 +81,7 @@ def find(path: Path, key: str = "resume") -> Path:
         raise wrong(key, f"{path} {why}", fix, value=str(path))
     if (path / manifest.NAME).exists() or _STEP.fullmatch(path.name):
         try:
-            Manifest.read(path)
+            verify(path, Manifest.read(path))
         except Damaged as error:
             raise wrong(
                 key, str(error), "name another checkpoint, or the run for its latest", value=str(path)
@@ -92,31 +99,43 @@ def find(path: Path, key: str = "resume") -> Path:
     return found
 
 
-@contextmanager
-def committed(folder: Path, step: int) -> Iterator[Path]:
-    """An empty staging folder that becomes the checkpoint of `step` when the block ends, and is gone if it fails."""
-    folder.mkdir(parents=True, exist_ok=True)
-    final = path_of(folder, step)
-    staging = folder / f"{_STAGING}{final.name}-{secrets.token_hex(4)}"
+def begin(path: Path) -> Path:
+    """An empty staging folder for the checkpoint `path`, whose folder must be there."""
+    staging = path.with_name(f"{_STAGING}{path.name}-{secrets.token_hex(4)}")
     staging.mkdir()
-    try:
-        yield staging
-        sync_folder(staging)
-        _publish(staging, final)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+    return staging
 
 
-def _publish(staging: Path, final: Path) -> None:
-    # The one that is replaced comes back in `sweep` if the process dies between the two renames.
-    replaced = final.with_name(f"{_REPLACED}{final.name}") if final.exists() else None
-    if replaced:
-        final.rename(replaced)
-    staging.rename(final)
-    sync_folder(final.parent)
-    if replaced:
+def discard(staging: Path) -> None:
+    """Removes a staging folder as far as that is possible; what stays is swept at the next start."""
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def publish(staging: Path, path: Path) -> None:
+    """Makes a staging folder, whose files are all written and synced, the checkpoint `path`; replaces one of it."""
+    if not path.exists():
+        staging.rename(path)
+        sync_folder(path.parent)
+    elif exchange(staging, path):
+        sync_folder(path.parent)
+        remove(staging)
+    else:
+        # It comes back in `bring_back` if the process dies between the two renames.
+        replaced = path.with_name(f"{_REPLACED}{path.name}")
+        path.rename(replaced)
+        staging.rename(path)
+        sync_folder(path.parent)
         remove(replaced)
+
+
+def exchange(one: Path, two: Path) -> bool:
+    """Gives each of two paths the other's name at once; False where the system or the file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename(here, os.fsencode(one), here, os.fsencode(two), swap) == 0)
 
 
 def remove(path: Path) -> None:
@@ -124,22 +143,31 @@ def remove(path: Path) -> None:
     trash = path.with_name(f"{_TRASH}{path.name.lstrip('.')}-{secrets.token_hex(4)}")
     with suppress(FileNotFoundError):
         path.rename(trash)
-        shutil.rmtree(trash, ignore_errors=True)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def bring_back(folder: Path) -> None:
+    """Gives checkpoints their names back that a killed process was about to replace."""
+    for leftover in folder.glob(f"{_REPLACED}*") if folder.is_dir() else ():
+        final = leftover.with_name(leftover.name.removeprefix(_REPLACED))
+        if not final.exists():
+            with suppress(OSError):
+                leftover.rename(final)
 
 
 def sweep(folder: Path) -> None:
     """Removes what killed processes left. Only the one process that owns the folder may call it."""
-    for leftover in folder.glob(f"{_REPLACED}*") if folder.is_dir() else ():
-        final = leftover.with_name(leftover.name.removeprefix(_REPLACED))
-        if final.exists():
-            remove(leftover)
-        else:
-            leftover.rename(final)
-    for prefix in (_STAGING, _TRASH):
+    bring_back(folder)
+    for prefix in (_REPLACED, _STAGING, _TRASH):
         for leftover in folder.glob(f"{prefix}*") if folder.is_dir() else ():
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def expired(paths: Sequence[Path], keep: int, protected: Collection[Path]) -> list[Path]:
-    """Which of the checkpoints, given by rising step, may go: all but the last `keep` and the protected ones."""
-    return [path for path in paths[: max(len(paths) - keep, 0)] if path not in protected]
+def expired(paths: Sequence[Path], keep: int, protected: Collection[Path], milestones: int | None = None) -> list[Path]:
+    """Which of the complete checkpoints, given by rising step, may go.
+
+    The last `keep` stay (never fewer than two), the `protected` ones, and those whose step is a multiple of
+    `milestones`.
+    """
+    old = paths[: max(len(paths) - max(keep, 2), 0)]
+    return [path for path in old if path not in protected and not (milestones and step_of(path) % milestones == 0)]

@@ -11,12 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runner import trust
 from runner.distributed import Ranks
 from runner.errors import Elsewhere, InputError, Mark, Problem
+from runner.folder import RunFolder
 from runner.launch import processes
 from runner.launch.environment import Environment
 from runner.launch.failure import record, share
 from runner.launch.worker import WorkPlan, leave
+from runner.places import make_importable
 from runner.recipe.compose import Composition, compose, nearest
 from runner.recipe.overrides import Invocation
 from runner.recipe.problems import render
@@ -57,12 +60,15 @@ def problems_of(composition: Composition, environment: Environment) -> list[Prob
 
 def launch(plan: WorkPlan, environment: Environment) -> int:
     """Does the work of a plan in as many processes as it asks for."""
+    if plan.run_dir is not None:
+        # Found out here at once, and again by whoever then makes the folder its own.
+        RunFolder(Path(plan.directory, plan.run_dir)).check_free()
     if processes.nodes(plan.config) > 1:
         from runner.launch import elastic
 
         return elastic.run(WORK, plan, processes.on_node(plan.config))
     count = processes.processes(plan.config, environment)
-    if count == 1:
+    if count == 1 and not plan.config["launch"]["max_restarts"]:
         return work(plan, Ranks())
     from runner.launch import local
 
@@ -106,6 +112,7 @@ def plan_of(
         directory=str(directory),
         started=started,
         marks={key: [mark.file, mark.line, mark.column] for key, mark in composition.origins.items()},
+        bound=composition.bound,
         run_dir=composition.config["run_dir"],
         terminal=environment.terminal,
         full_error=environment.full_error,
@@ -134,6 +141,9 @@ def work(plan: WorkPlan | None, ranks: Ranks) -> int:
     else:
         _be_quiet()
     try:
+        if plan.bound:
+            make_importable(Path(plan.directory))
+            trust.confirm(plan.bound, plan.config["trust"])
         code = do(plan, ranks, store)
     except Elsewhere as error:
         code = error.exit_code

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from copy import copy
 from dataclasses import fields, is_dataclass, replace
 from itertools import islice
@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from runner.data.collate import Collate, collate
+from runner.data.draws import Draws, Seeding
 from runner.data.order import Order
 from runner.errors import InputError, Problem, wrong
+from runner.signals import awaited, in_worker
 
 
 class StepBatches(NamedTuple):
@@ -64,16 +66,15 @@ class Loader:
         self._workers = num_workers
         self._device = torch.device(device)
         self._reader, self._readers = reader, readers
-        self._fetch = Fetch(dataset, collate)
-        #: Whether fetching may draw from this process's random generators.
-        self.draws = not num_workers and (collate is not None or type(dataset) is not TensorDataset)
+        self._fetch = Fetch(dataset, collate, order.seed)
 
     def steps(self, first: int, stop: int) -> Iterator[StepBatches]:
         """The micro-batches of this process for the steps first, first + 1, … stop - 1 of the run, step by step."""
         if not self._workers:
             for step in range(first, stop):
                 slices, real = self._micro(step)
-                yield StepBatches([self._place(self._fetch(samples)) for samples in slices], real)
+                epoch = step // self.order.steps_per_epoch
+                yield StepBatches([self._place(self._fetch(samples, epoch)) for samples in slices], real)
             return
         batches = self._ahead(first, stop)
         for step in range(first, stop):
@@ -93,7 +94,10 @@ class Loader:
 
     def _ahead(self, first: int, stop: int) -> Iterator[Any]:
         # Lists: tensors would go to the workers by shared memory, one at a time.
-        slices = (indices.tolist() for step in range(first, stop) for indices in self._micro(step)[0])
+        an_epoch = self.order.steps_per_epoch
+        slices = (
+            (step // an_epoch, indices.tolist()) for step in range(first, stop) for indices in self._micro(step)[0]
+        )
         # A generator of its own: torch's loader otherwise draws from the global one, which belongs to the training.
         batches = DataLoader(
             self._fetch,
@@ -103,8 +107,9 @@ class Loader:
             num_workers=self._workers,
             pin_memory=self._device.type == "cuda",
             generator=torch.Generator().manual_seed(self.order.seed),
+            worker_init_fn=in_worker,
         )
-        for batch in batches:
+        for batch in received(batches, ends=self._readers == 1 or self._device.type != "cuda"):
             yield opened(batch)
 
     def _place(self, batch: Any) -> Any:
@@ -118,27 +123,52 @@ def shares(samples: int, micro_size: int, reader: int, readers: int) -> tuple[in
 
 
 class Fetch(Dataset[Any]):
-    """Sample indices to a batch, the quickest way that a data set has; called, or asked as a data set by a worker."""
+    """Sample indices to a batch, the quickest way that a data set has; called, or asked as a data set by a worker.
 
-    def __init__(self, dataset: Any, make: Collate | None) -> None:
+    What data set and collate draw from the process-wide generators is keyed by (seed, epoch, sample); with
+    `__getitems__`, and in the collate, by the batch's first sample.
+    """
+
+    def __init__(self, dataset: Any, make: Collate | None, seed: int = 0) -> None:
         self._dataset = dataset
         self._make = make or collate
         self._tensors = dataset.tensors if make is None and type(dataset) is TensorDataset else None
         self._many = getattr(dataset, "__getitems__", None)
+        self._draws = Draws(seed)
 
-    def __call__(self, indices: Tensor) -> Any:
+    def __call__(self, indices: Tensor, epoch: int = 0) -> Any:
         if self._tensors is not None:
             return [tensor[indices] for tensor in self._tensors]
         numbers = indices.tolist()
-        samples = [self._dataset[i] for i in numbers] if self._many is None else self._many(numbers)
+        return self._draws.fetched(lambda seeding: self._made(numbers, seeding), epoch)
+
+    def _made(self, numbers: list[int], seeding: Seeding) -> Any:
+        samples: Any = self._samples(numbers, seeding)
+        if seeding.acts:
+            seeding.batch(numbers[0])
         try:
             return self._make(samples)
         except Exception as error:
             refuse_none(samples, numbers, error)
             raise
 
-    def __getitem__(self, indices: list[int]) -> Any:
-        return sealed(self, torch.tensor(indices))
+    def _samples(self, numbers: list[int], seeding: Seeding) -> Sequence[Any]:
+        dataset = self._dataset
+        if self._many is not None:
+            if seeding.acts:
+                seeding.sample(numbers[0])
+            return self._many(numbers)
+        if not seeding.acts:
+            return [dataset[i] for i in numbers]
+        samples = []
+        for i in numbers:
+            seeding.sample(i)
+            samples.append(dataset[i])
+        return samples
+
+    def __getitem__(self, place: tuple[int, list[int]]) -> Any:
+        epoch, numbers = place
+        return sealed(self, torch.tensor(numbers), epoch)
 
 
 def refuse_none(samples: Sequence[Any], numbers: Sequence[int], cause: Exception) -> None:
@@ -173,6 +203,13 @@ def opened(value: Any) -> Any:
     if isinstance(value, Sealed):
         raise value.error()
     return value
+
+
+def received(batches: Iterable[Any], *, ends: bool) -> Iterator[Any]:
+    """What workers send. With `ends` a signal ends the wait for them: not where all must make one more step first."""
+    found, end = iter(batches), object()
+    while (batch := awaited(next, found, end) if ends else next(found, end)) is not end:
+        yield batch
 
 
 def as_it_is(batch: Any) -> Any:

@@ -50,9 +50,6 @@ class MainLoader:
         reader, readers: this process's place among the data readers.
     """
 
-    #: Fetching may draw from this process's random generators, as far as anybody knows.
-    draws = True
-
     def __init__(
         self,
         source: Loader | StreamLoader | None,

@@ -108,7 +108,7 @@ def training_order(
     """Which samples make which step of a data set or of what is known of it (Remote)."""
     length = length_of_any(dataset)
     if _iterated(dataset):
-        return StreamOrder(global_size, length, drop_last=drop_last)
+        return StreamOrder(global_size, length, drop_last=drop_last, seed=seed)
     return Order(length or 0, global_size, seed, drop_last=drop_last, lengths=lengths)
 
 

@@ -14,8 +14,20 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from runner import distributed
 from runner.data.collate import Collate, collate
-from runner.data.loader import Sealed, StepBatches, as_it_is, opened, refuse_none, sealed, shares, to_device
+from runner.data.draws import Draws
+from runner.data.loader import (
+    Sealed,
+    StepBatches,
+    as_it_is,
+    opened,
+    received,
+    refuse_none,
+    sealed,
+    shares,
+    to_device,
+)
 from runner.errors import InputError, RunnerError, wrong
+from runner.signals import in_worker
 
 _log = logging.getLogger("runner")
 
@@ -43,9 +55,10 @@ class StreamOrder:
     of: `steps_per_epoch` and `samples_per_epoch` are then larger than any number.
     """
 
-    def __init__(self, global_size: int, length: int | None = None, *, drop_last: bool = False) -> None:
+    def __init__(self, global_size: int, length: int | None = None, *, drop_last: bool = False, seed: int = 0) -> None:
         self.global_size = global_size
         self.length = length
+        self.seed = seed
         self.drop_last = drop_last
         self.steps_per_epoch: int = sys.maxsize
         self.samples_per_epoch: float = float("inf")
@@ -115,6 +128,9 @@ class _Walk(IterableDataset[Any]):
         self._epoch, self._seen = order.place(step)
         self._state = state
         self._stateful = _has_exact_state(dataset)
+        self._draws = Draws(order.seed)
+        #: Elements that are read after one seeding: what no number of processes changes.
+        self._unit = self._size if repeat else self._micro_size
 
     def __iter__(self) -> Iterator[tuple[Told | None, Any]]:
         """The batches of a worker, the first of each step with what reading the step has shown."""
@@ -158,7 +174,11 @@ class _Walk(IterableDataset[Any]):
 
     def _batch(self, start: int, samples: list[Any]) -> Any:
         try:
-            return self._make(samples)
+            if self._make is collate:
+                return self._make(samples)
+            with self._draws.apart() as seed:
+                seed("batch", self._epoch, start)
+                return self._make(samples)
         except Exception as error:
             refuse_none(samples, range(start, start + len(samples)), error)
             raise
@@ -171,17 +191,26 @@ class _Walk(IterableDataset[Any]):
         if skip and self._stateful and self._state is not None:
             self._dataset.load_state_dict(self._state)
             skip = 0
-        samples = iter(self._dataset)
-        for _ in islice(samples, skip):
+        with self._draws.apart() as seed:
+            seed("stream", self._epoch, 0)
+            samples = iter(self._dataset)
+        for _ in self._read(samples, 0, skip):
             pass
         return samples
+
+    def _read(self, samples: Iterator[Any], start: int, count: int) -> Iterator[Any]:
+        """The next elements, at most `count`, from the place `start` on; what is drawn follows from their places."""
+        with self._draws.apart() as seed:
+            for place in range(start, start + count, self._unit):
+                seed("sample", self._epoch, place)
+                yield from islice(samples, min(self._unit, start + count - place))
 
     def _take(self, samples: Iterator[Any]) -> tuple[int, list[Slice]]:
         """Reads a step; gives its size, and the slices of this reader with padding where it has one less."""
         first: list[Any] = []
         own: list[Slice] = []
         count = 0
-        for sample in islice(samples, self._size):
+        for sample in self._read(samples, self._seen, self._size):
             number = count // self._micro_size
             if number % self._readers == self._reader:
                 if count % self._micro_size == 0:
@@ -268,9 +297,6 @@ class StreamLoader:
         trained: how many steps of the run are finished: what a checkpoint's position means. None for all fetched.
     """
 
-    #: Fetching may draw from this process's random generators, as far as anybody knows.
-    draws = True
-
     def __init__(
         self,
         dataset: Any,
@@ -340,16 +366,16 @@ class StreamLoader:
         walk = _Walk(self.dataset, self.order, first, self._states.get(first), make, sizes, self._repeat)
         if not self._workers:
             return iter(walk)
-        return iter(
-            DataLoader(
-                walk,
-                batch_size=None,
-                collate_fn=as_it_is,
-                num_workers=self._workers,
-                pin_memory=self._device.type == "cuda",
-                generator=torch.Generator().manual_seed(0),
-            )
+        batches = DataLoader(
+            walk,
+            batch_size=None,
+            collate_fn=as_it_is,
+            num_workers=self._workers,
+            pin_memory=self._device.type == "cuda",
+            generator=torch.Generator().manual_seed(0),
+            worker_init_fn=in_worker,
         )
+        return received(batches, ends=self._readers == 1)
 
     def _say_skipping(self, first: int) -> None:
         _, seen = self.order.place(first)

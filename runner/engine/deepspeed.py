@@ -28,7 +28,7 @@ from runner.engine import deepspeed_config
 from runner.engine.backend import Backend, BuildModel, BuildOptimizer, Handle, Update
 from runner.engine.buffers import follow_first
 from runner.engine.deepspeed_layout import Layout, layout_of
-from runner.engine.deepspeed_state import WholeModelState, WholeOptimizerState
+from runner.engine.deepspeed_state import states
 from runner.engine.gradients import Finite, clip, global_norm, wide
 from runner.engine.mesh import Mesh
 from runner.engine.model_state import trained_weights
@@ -236,8 +236,7 @@ class DeepSpeed(Backend):
         )
         handle = self._handle = ZeroHandle(self, engine, optimizer, groups, layout)
         self._state = {
-            "model": WholeModelState(engine.module, layout),
-            "optimizer": WholeOptimizerState(engine.module, optimizer, groups, layout),
+            **states(engine.module, optimizer, groups, layout),
             "scaler": self._scale_of(engine.optimizer),
         }
         return engine, handle

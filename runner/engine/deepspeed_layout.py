@@ -31,7 +31,7 @@ class Layout:
         parameters: those of its optimizer.
     """
 
-    #: Whether gradients are divided among the processes.
+    #: Whether gradients and the optimizer's state are divided among the processes.
     divided = False
 
     def __init__(self, engine: Any, parameters: Sequence[nn.Parameter]) -> None:
@@ -72,14 +72,17 @@ class Layout:
         """Makes the weights that the model computes with anew from those that are stepped."""
 
     def whole(self, parameter: nn.Parameter, values: Tensor | None = None) -> Tensor:
-        """A parameter's values, or those of a state tensor as long as its flat one; all processes call it together."""
+        """A parameter's values, or those of a state tensor as long as its flat one, in float32 and in new memory.
+
+        All processes call it together.
+        """
         piece = self.piece(parameter)
         source = (piece.flat if values is None else values).detach()
-        if not self.divided:
-            return source.to("cpu", torch.float32, copy=True)
         full = torch.zeros(self.shape(parameter).numel(), dtype=torch.float32, device=source.device)
         full[piece.offset : piece.offset + piece.size] = source.view(-1)[piece.start : piece.start + piece.size]
-        return distributed.total(full).view(self.shape(parameter)).cpu()
+        # As integers, for a sum with 0.0 makes another zero of -0.0.
+        distributed.total(full.view(torch.int32))
+        return full.view(self.shape(parameter))
 
     def put(self, parameter: nn.Parameter, full: Tensor, values: Tensor | None = None) -> None:
         """The reverse of `whole`: takes this process's part of `full`."""

@@ -1,4 +1,4 @@
-"""The states of a model and an optimizer that DeepSpeed has divided, whole and by parameter name."""
+"""The states of a model and an optimizer that DeepSpeed has divided, by parameter name, in parts."""
 
 from __future__ import annotations
 
@@ -9,15 +9,29 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from runner import shares
 from runner.engine.deepspeed_layout import Layout, named_once
-from runner.engine.model_state import OptimizerState
-from runner.errors import wrong
+from runner.engine.model_state import ModelState, OptimizerState, compare_names
 
 
-class WholeModelState:
+def states(
+    module: nn.Module, optimizer: Optimizer, groups: Sequence[Sequence[nn.Parameter]], layout: Layout
+) -> dict[str, Any]:
+    """Those of the model and of the optimizer, under "model" and "optimizer"."""
+    if not layout.divided:  # stage 0 keeps both as torch does
+        return {"model": ModelState(module), "optimizer": OptimizerState(module, optimizer)}
+    return {
+        "model": DividedModelState(module, layout),
+        "optimizer": DividedOptimizerState(module, optimizer, groups, layout),
+    }
+
+
+class DividedModelState:
     """Parameters in float32 (from the weights that are stepped) and buffers, under the names of the bare model.
 
-    All processes call it together, and each gets everything on the CPU.
+    The library's pieces of a parameter are runs of elements that no checkpoint knows, so each parameter is put
+    together, one at a time, and each process keeps a part of it (`shares.cut`) in memory of its own: what it holds is
+    the model / processes, and for a moment one parameter. Loading is the reverse. All processes call the same words.
     """
 
     def __init__(self, module: nn.Module, layout: Layout) -> None:
@@ -25,60 +39,57 @@ class WholeModelState:
         self._layout = layout
 
     def state_dict(self) -> dict[str, Any]:
+        """Copies of the parameters, in parts; the buffers themselves."""
         return {name: self._saved(value) for name, value in named_once(self._module)}
 
     def _saved(self, value: Any) -> Any:
         if isinstance(value, nn.Parameter):
-            return self._layout.whole(value)
-        return value.detach().cpu() if isinstance(value, Tensor) else value
+            return shares.cut(self._layout.whole(value))
+        return value.detach() if isinstance(value, Tensor) else value
 
     def template(self, saved: Any) -> dict[str, Any]:
-        """Tensors of the whole shapes, to be filled."""
-        return {name: self._empty(value) for name, value in named_once(self._module)}
+        """Parts to be filled; buffers are filled in place."""
+        return {name: self._target(value) for name, value in named_once(self._module)}
 
-    def _empty(self, value: Any) -> Any:
+    def _target(self, value: Any) -> Any:
         if isinstance(value, nn.Parameter):
-            return torch.empty(self._layout.shape(value), dtype=torch.float32)
-        return torch.empty_like(value, device="cpu") if isinstance(value, Tensor) else value
+            return shares.empty(self._layout.shape(value), torch.float32)
+        return value.detach() if isinstance(value, Tensor) else value
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes this process's part of the values. Raises InputError where names are missing or left over."""
+        """Takes values in parts or whole ones. Raises InputError where names are missing or left over."""
         own = dict(named_once(self._module))
-        if own.keys() != state.keys():
-            differ = ", ".join(sorted(own.keys() ^ state.keys())[:5])
-            why = f"the checkpoint's state of the model does not fit: {differ}"
-            raise wrong("resume", why, "resume with the configuration that saved it, or start anew")
+        compare_names("the model", own, state)
         for name, value in own.items():
             if isinstance(value, nn.Parameter):
-                self._layout.put(value, state[name])
+                self._layout.put(value, shares.whole(state[name]))
             elif isinstance(value, Tensor):
                 with torch.no_grad():
-                    value.copy_(state[name])
+                    value.copy_(shares.whole(state[name]))
         self._layout.refresh()
 
 
-class WholeOptimizerState:
-    """As `OptimizerState`, in the same format: the optimizer's state as if nothing were divided.
+class DividedOptimizerState:
+    """As `OptimizerState`, in the same format: the optimizer's state as if the library had divided nothing.
 
-    All processes call it together, and each gets everything on the CPU. It is an `OptimizerState` of stand-ins: a
-    model and an optimizer that have the names, shapes and groups of the real ones, with weights that take no memory.
+    In parts, one tensor at a time, as `DividedModelState`. It is an `OptimizerState` of stand-ins: a model and an
+    optimizer that have the names, shapes and groups of the real ones, with weights that take no memory.
     """
 
     def __init__(
         self, module: nn.Module, optimizer: Optimizer, groups: Sequence[Sequence[nn.Parameter]], layout: Layout
     ) -> None:
-        self._optimizer = optimizer
         self._layout = layout
         names = {id(value): name for name, value in named_once(module) if isinstance(value, nn.Parameter)}
         self._parameters = {names[id(p)]: p for group in groups for p in group}
-        #: One number in the place of each parameter.
-        self._stand_ins = {name: torch.empty(1).expand(layout.shape(p)) for name, p in self._parameters.items()}
+        self._stand_ins = {name: shares.stand_in(layout.shape(p)) for name, p in self._parameters.items()}
         listed = [[self._stand_ins[names[id(p)]] for p in group] for group in groups]
         kind = type(type(optimizer).__name__, (_StandInOptimizer,), {})
         self._whole: Any = kind(optimizer, listed)
         self._state = OptimizerState(_StandInModel(self._stand_ins), self._whole)
 
     def state_dict(self) -> dict[str, Any]:
+        """Copies, of what is as long as its parameter in parts."""
         self._gather()
         try:
             return self._state.state_dict()
@@ -101,7 +112,7 @@ class WholeOptimizerState:
             flat = self._layout.piece(parameter).flat
             held = self._layout.state.get(flat) or {}
             self._whole.state[self._stand_ins[name]] = {
-                key: self._layout.whole(parameter, value)
+                key: shares.cut(self._layout.whole(parameter, value))
                 if isinstance(value, Tensor) and value.shape == flat.shape and key != "step"
                 else value.detach().cpu().clone()
                 if isinstance(value, Tensor)
@@ -111,6 +122,7 @@ class WholeOptimizerState:
 
     def _scatter(self) -> None:
         state = self._layout.state
+        self._forget()
         for name, parameter in self._parameters.items():
             flat = self._layout.piece(parameter).flat
             for key, value in self._whole.state.get(self._stand_ins[name], {}).items():
@@ -120,10 +132,25 @@ class WholeOptimizerState:
                 elif value.shape == self._layout.shape(parameter) and key != "step":
                     if not isinstance(held.get(key), Tensor) or held[key].shape != flat.shape:
                         held[key] = torch.zeros_like(flat, requires_grad=False)
-                    self._layout.put(parameter, value, held[key])
+                    self._layout.put(parameter, shares.whole(value), held[key])
                 else:
                     on_device = any(group.get("fused") or group.get("capturable") for group in self._whole.param_groups)
                     held[key] = value.to(flat.device if on_device else "cpu", copy=True)
+
+    def _forget(self) -> None:
+        """Drops the state of parameters that have none in what is loaded: they begin anew."""
+        state = self._layout.state
+        kept = {
+            self._layout.piece(p).flat for n, p in self._parameters.items() if self._stand_ins[n] in self._whole.state
+        }
+        for name, parameter in self._parameters.items():
+            flat, start, _, size = self._layout.piece(parameter)
+            if flat not in kept:
+                state.pop(flat, None)
+            elif self._stand_ins[name] not in self._whole.state:
+                for value in state.get(flat, {}).values():
+                    if isinstance(value, Tensor) and value.shape == flat.shape:
+                        value.view(-1)[start : start + size].zero_()
 
 
 class _StandInModel(nn.Module):

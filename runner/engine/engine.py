@@ -44,6 +44,9 @@ class Engine:
         update = engine.step(max_norm=1.0, skip=known.skip)
     """
 
+    #: Into how many shards determinism=canonical cuts a step; 0 without it.
+    shards = 0
+
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self.device = backend.device
@@ -53,6 +56,8 @@ class Engine:
         self.accumulate = backend.accumulate
         self.backward = backend.backward
         self._seeds: dict[tuple[int, str], int] = {}
+        #: By which the seeds of the processes differ.
+        self._reader = backend.mesh.data_rank
         self._plain = not backend.precision.autocast and backend.precision.param_dtype is torch.float32
         self._factor: tuple[Any, Tensor] = (None, torch.zeros(()))
         #: Flags of the last exchange on their way to the host, where that is not the device.
@@ -173,7 +178,7 @@ class Engine:
     def seed(self, seed: int, step: int, what: str = "step") -> None:
         """Seeds torch's generators by (seed, `what`, step, data rank): randomness then needs no state to be saved."""
         if (seed, what) not in self._seeds:
-            self._seeds[seed, what] = keyed(seed, what, self.mesh.data_rank)
+            self._seeds[seed, what] = keyed(seed, what, self._reader)
         number = mixed(self._seeds[seed, what], step)
         torch.default_generator.manual_seed(number)
         if self.device.type == "cuda":

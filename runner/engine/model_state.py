@@ -39,7 +39,7 @@ class ModelState:
         own = _tensors(self._model)
         first = _first_names(own)
         source = {name: _plain(first.get(id(value), name)) for name, value in own.items()}
-        _compare("the model", source.values(), state)
+        compare_names("the model", source.values(), state)
         bare = _bare(self._model)
         values = {name: placed_as(own[name], state[saved]) for name, saved in source.items()}
         bare.load_state_dict(values, strict=False)
@@ -136,9 +136,10 @@ class OptimizerState:
     def _check(self, saved: Mapping[str, Any]) -> None:
         if saved["type"] != self._type:
             why = f"the checkpoint has the state of {saved['type']}, which {self._type} cannot take"
-            raise wrong("optimizer", why, f"{saved['type']}, or start anew", value=self._type)
+            fix = f"{saved['type']}, or a new run that begins with its weights: init_from=CHECKPOINT"
+            raise wrong("optimizer", why, fix, value=self._type)
         names = [name for group in saved["groups"] for name in group["params"]]
-        _compare("the optimizer", self._names().values(), names)
+        compare_names("the optimizer", self._names().values(), names)
 
     def _merged(self, saved: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Each group's values to go on with."""
@@ -199,6 +200,8 @@ def _merge(
         return merged
     # A scheduler starts with a rate of its own, so the configured one is initial_lr where there is a scheduler.
     base_now, base_then = now.get("initial_lr", now["lr"]), then.get("initial_lr", then["lr"])
+    if "initial_lr" in saved and "initial_lr" not in live:
+        return merged | {"lr": live["lr"]}  # there was a scheduler, and there is none: the rate is the configured one
     merged["lr"] = saved["lr"]
     if base_now != base_then:
         merged["lr"] = saved["lr"] * (base_now / base_then) if base_then else live["lr"]
@@ -271,7 +274,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _compare(what: str, own: Iterable[str], saved: Iterable[str], most: int = 5) -> None:
+def compare_names(what: str, own: Iterable[str], saved: Iterable[str], most: int = 5) -> None:
     """Raises InputError where the names differ, with the first five each way."""
     own, saved = list(own), list(saved)
     lists = {"it lacks": set(own) - set(saved), "nothing here takes": set(saved) - set(own)}

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runner.engine.model_state import placed_as
+from runner.engine.engine import Engine
+from runner.engine.model_state import compare_names, placed_as
 from runner.errors import wrong
 from runner.train.hook import Hook
 from runner.train.run import Run
@@ -18,7 +19,8 @@ from runner.train.run import Run
 class EMA(Hook):
     """Averages the weights after each step, average += (1 - decay) * (weight - average), and evaluates with them.
 
-    The averages are kept in float32 and saved in checkpoints; buffers are used as they are.
+    The averages are kept in float32 and lie as the weights do: where a backend shards these, each process keeps,
+    saves and loads its part, whatever the number of parts was when they were saved. Buffers are used as they are.
 
     Args:
         decay: between 0 and 1.
@@ -32,19 +34,25 @@ class EMA(Hook):
         self._weights: list[Tensor] = []
         self._averages: list[Tensor] = []
         self._saved: dict[str, Tensor] = {}
-        self._loaded: Mapping[str, Tensor] | None = None
+        self._loaded = False
 
-    def on_run_start(self, run: Run) -> None:
-        weights = run.engine.backend.weights()
-        self._backend = run.engine.backend
-        self._saved = {
-            name: _average(weight, None if self._loaded is None else self._loaded[name])
-            for name, weight in weights.items()
-        }
+    def placed(self, engine: Engine) -> None:
+        """The model is where it is to be trained, and nothing is loaded yet."""
+        weights = engine.backend.weights()
+        self._backend = engine.backend
+        self._saved = {name: weight.detach().to(torch.float32, copy=True) for name, weight in weights.items()}
         # Of sharded weights each process averages its own part.
         self._weights = [_own(weight.detach()) for weight in weights.values()]
         self._averages = [_own(average) for average in self._saved.values()]
-        self._loaded = None
+        self._loaded = False
+
+    def on_run_start(self, run: Run) -> None:
+        if not self._saved:
+            self.placed(run.engine)
+        # Anew, for loading may have put others in their place.
+        self._weights = [_own(weight.detach()) for weight in run.engine.backend.weights().values()]
+        if not self._loaded:
+            _copy(self._averages, self._weights)
         if self.evaluate:
             run.evaluation_contexts.append(self.swapped)
 
@@ -67,16 +75,21 @@ class EMA(Hook):
             self._backend.rewritten()
 
     def state_dict(self) -> dict[str, Any]:
+        """The averages themselves."""
+        return {"averages": self._saved}
+
+    def template(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """The averages, to be filled in place. Raises InputError where they are of other weights."""
+        compare_names("the averaged weights", self._saved, saved["averages"])
         return {"averages": self._saved}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._loaded = state["averages"]
-
-
-def _average(weight: Tensor, loaded: Tensor | None) -> Tensor:
-    """An average that lies as its weight does; it begins with the loaded value, or the weight."""
-    value = weight.detach() if loaded is None else placed_as(weight, loaded)
-    return value.to(weight.device, torch.float32, copy=True)
+        compare_names("the averaged weights", self._saved, state["averages"])
+        for name, average in self._saved.items():
+            value = state["averages"][name]
+            if value is not average:
+                average.copy_(placed_as(average, value))
+        self._loaded = True
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class Progress(Hook):
 
     def on_run_start(self, run: Run) -> None:
         # A terminal that cannot move its cursor gets plain lines.
-        self._live = sys.stdout.isatty() and run.terminal != "dumb"
+        self._live = sys.stdout is not None and sys.stdout.isatty() and run.terminal != "dumb"
         self._started, self._first = time.perf_counter(), run.progress.step
 
     def on_step_end(self, run: Run) -> None:

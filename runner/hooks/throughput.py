@@ -31,9 +31,12 @@ class Throughput(Hook):
             tokens = int(distributed.total(torch.tensor(float(run.tokens), dtype=torch.float64)).item())
         return time.perf_counter() - run.paused_seconds, run.progress.samples, tokens
 
-    def _measure(self) -> float:
+    def _measure(self) -> float | None:
         (before, samples_before, tokens_before), self._last = self._last, self._now()
         now, samples, tokens = self._last
+        if samples <= samples_before:  # a rollback
+            self._tokens_per_second = None
+            return None
         seconds = max(now - before, 1e-9)
         self._tokens_per_second = (tokens - tokens_before) / seconds if self._run.counts_tokens else None
         return (samples - samples_before) / seconds

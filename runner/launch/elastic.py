@@ -21,8 +21,9 @@ from runner.errors import InputError, Problem, RunnerError
 from runner.launch.failure import failures
 from runner.launch.local import Ending, tell, threads
 from runner.launch.processes import address
-from runner.launch.worker import SIGNAL, WorkPlan, command
-from runner.signals import INTERRUPTED, SIGNALS, exit_code
+from runner.launch.report import SIGNAL
+from runner.launch.worker import WorkPlan, command
+from runner.signals import at_once, exit_code, heard
 
 #: Seconds that the agent gives the other processes of a node once one has failed.
 _GRACE = 5
@@ -38,13 +39,13 @@ def run(work: str, plan: WorkPlan, nproc: int) -> int:
         path = Path(folder, "plan.json")
         plan.save(path)
         _set_environment(plan, nproc)
-        with _signals(Path(folder)) as heard:
+        with _signals(Path(folder)) as got:
             endings = _launch(plan, nproc, command(work, path), Path(folder))
-        if heard.left is not None:
-            return heard.left
+        if got.left is not None:
+            return got.left
         codes = [int(each.read_text()) for each in Path(folder).glob("rank_*.code")]
         endings += [Ending(-1, code, time.time()) for code in codes]
-        return tell(plan, endings, heard.received, nproc * plan.config["launch"]["nnodes"])
+        return tell(plan, endings, got.received, nproc * plan.config["launch"]["nnodes"])
 
 
 def _launch(plan: WorkPlan, nproc: int, words: list[str], folder: Path) -> list[Ending]:
@@ -72,9 +73,9 @@ def _launch(plan: WorkPlan, nproc: int, words: list[str], folder: Path) -> list[
         rdzv_backend=backend,
         rdzv_endpoint=launch["rdzv_endpoint"],
         rdzv_configs=configs,
-        max_restarts=0,
+        max_restarts=launch["max_restarts"],
         local_addr=own_address(launch["rdzv_endpoint"]),
-        signals_to_handle="SIGHUP",  # the others are handed on by _signals
+        signals_to_handle="SIGUSR2",  # those that end a run are handed on by _signals
         shutdown_timeout=_GRACE,
     )
     try:
@@ -107,7 +108,7 @@ def _reason(error: BaseException) -> str:
 # --- signals --------------------------------------------------------------------------------------------------------
 
 
-class _Heard:
+class _Got:
     """The first signal, and the exit code once a second one has ended it all."""
 
     received: int | None = None
@@ -115,16 +116,16 @@ class _Heard:
 
 
 @contextmanager
-def _signals(folder: Path) -> Iterator[_Heard]:
+def _signals(folder: Path) -> Iterator[_Got]:
     """Hands signals on to this node's processes, which leave their ids in the folder; the second one kills them.
 
     The agent would pass them to the data workers too, and kill what is still saving.
     """
-    heard = _Heard()
+    got = _Got()
 
     def forward(number: int, frame: Any) -> None:
-        if heard.received is None:
-            heard.received = number
+        if got.received is None:
+            got.received = number
             (folder / SIGNAL).write_text(str(number))  # for those that are about to start
             pids = _pids(folder)
             if not pids:
@@ -135,14 +136,14 @@ def _signals(folder: Path) -> Iterator[_Heard]:
                 with suppress(ProcessLookupError):
                     os.kill(pid, number)
             return
-        heard.left = INTERRUPTED if number == signal.SIGINT else 128 + number
+        got.left = at_once(number)
         for pid in _pids(folder):
             with suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
 
-    before = {number: signal.signal(number, forward) for number in SIGNALS}
+    before = {number: signal.signal(number, forward) for number in heard()}
     try:
-        yield heard
+        yield got
     finally:
         for number, old in before.items():
             signal.signal(number, old)

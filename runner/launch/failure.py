@@ -17,8 +17,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runner.console import say, scrub
 from runner.distributed import Ranks
 from runner.errors import Elsewhere, InputError, Mark, Problem, RunnerError
+from runner.launch.report import FAILURE, RUN, Report, file_of
 from runner.recipe.problems import render
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ class Failure:
         told: str | None = None,
         go_on: str | None = None,
         folder: Path | None = None,
+        key: str | None = None,
     ) -> Failure:
         expected = isinstance(error, RunnerError)
         return cls(
@@ -75,8 +78,8 @@ class Failure:
             host=socket.gethostname(),
             time=time.time(),
             code=code,
-            error=str(error) if expected else f"{type(error).__name__}: {error}",
-            traceback=None if expected else "".join(traceback.format_exception(error)),
+            error=worded(error, key),
+            traceback=None if expected else scrub("".join(traceback.format_exception(error))),
             problems=[_plain(problem) for problem in error.problems] if isinstance(error, InputError) else [],
             secondary=is_secondary(error),
             told=told,
@@ -84,12 +87,13 @@ class Failure:
             folder=None if folder is None else str(folder),
         )
 
-    def save(self, folder: Path) -> None:
-        """Writes rank_N.json, whole or not at all."""
-        path = folder / f"rank_{self.rank}.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(self), default=str), encoding="utf-8")
-        temporary.replace(path)
+    @property
+    def said(self) -> str:
+        """The error, with the process where there are several."""
+        return f"rank {self.rank} on {self.host}: {self.error}" if self.world_size > 1 else self.error
+
+    def save(self, report: Report) -> None:
+        report.write(file_of(self.rank, FAILURE), json.dumps(asdict(self), default=str))
 
 
 def record(
@@ -101,33 +105,59 @@ def record(
     told: str | None = None,
     go_on: str | None = None,
     folder: Path | None = None,
+    key: str | None = None,
 ) -> None:
-    """Leaves rank_N.json in the plan's folder for reports, where it has one. A process' first failure counts.
+    """Leaves rank_N.json in the plan's report, where it has one. A process' first failure counts.
 
     `told` says what failed and when ("mlp failed after step 3"), `go_on` is the command that goes on, `folder` that of
-    the run.
+    the run, `key` the part of the configuration that the error comes from.
     """
-    failure = Failure.of(error, ranks, code, told, go_on, folder)
+    failure = Failure.of(error, ranks, code, told, go_on, folder, key)
     # A full disk or a folder that has gone must not hide the failure itself.
     with suppress(OSError):
         _tell_torchrun(failure)
-        if plan.report is not None and not Path(plan.report, f"rank_{ranks.rank}.json").exists():
-            failure.save(Path(plan.report))
+        if plan.report is not None and not (report := Report(plan.report)).read(file_of(ranks.rank, FAILURE)):
+            failure.save(report)
+
+
+def worded(error: BaseException, key: str | None = None) -> str:
+    """An error in one line, with the key of the configuration that it comes from, where that is known."""
+    if isinstance(error, RunnerError):
+        return scrub(str(error))
+    text = scrub(f"{type(error).__name__}: {error}")
+    if "DataLoader worker" in text and "killed by signal: Killed" in text:
+        text += ": likely out of memory, try a smaller data.num_workers"
+    return text if key is None else f"{text} (in {key})"
+
+
+def tell_run(plan: WorkPlan, folder: Path, go_on: str) -> None:
+    """Lets the parent know the run's folder and the command that goes on, for the day when no process can say so."""
+    if plan.report is not None:
+        with suppress(OSError, KeyError):
+            Report(plan.report).write(RUN, json.dumps({"folder": str(folder.absolute()), "go_on": go_on}))
+
+
+def told_run(report: Report) -> dict[str, str]:
+    """What `tell_run` said last: folder, go_on; nothing before the run has a folder."""
+    try:
+        return dict(json.loads(report.read(RUN)))
+    except ValueError:
+        return {}
 
 
 def share(plan: WorkPlan, ranks: Ranks, store: Store) -> None:
     """Lets the other nodes' parents know why this process failed; takes theirs where it failed only because of it."""
     if plan.report is None:
         return
-    folder = Path(plan.report)
+    report = Report(plan.report)
     with suppress(Exception):  # the store's process may have ended as well
-        mine = next(failure for failure in failures(folder) if failure.rank == ranks.rank)
+        mine = next(failure for failure in failures(report) if failure.rank == ranks.rank)
         refused = mine.code == InputError.exit_code  # then all processes are here, and soon
         until = time.monotonic() + (_COMES if refused else 0.0)
         if not mine.secondary:
             store.set("failure", json.dumps(asdict(mine), default=str))
         elif _comes(lambda: store.check(["failure"]), until):
-            Failure(**json.loads(store.get("failure"))).save(folder)
+            Failure(**json.loads(store.get("failure"))).save(report)
         if refused:
             store.add("heard", 1)  # the store may go with the first of them
             _comes(lambda: store.add("heard", 0) >= ranks.world_size, until)
@@ -139,12 +169,13 @@ def _comes(condition: Callable[[], bool], until: float) -> bool:
     return found
 
 
-def failures(folder: Path) -> list[Failure]:
-    """What processes have left in a folder, in the order in which it happened."""
+def failures(report: Report | Path) -> list[Failure]:
+    """What processes have left in a report, in the order in which it happened."""
+    report = report if isinstance(report, Report) else Report(report)
     found = []
-    for path in folder.glob("rank_*.json"):
-        with suppress(OSError, ValueError, TypeError):
-            found.append(Failure(**json.loads(path.read_text(encoding="utf-8"))))
+    for name in report.matching("rank_*.json"):
+        with suppress(ValueError, TypeError):
+            found.append(Failure(**json.loads(report.read(name))))
     return sorted(found, key=lambda failure: failure.time)
 
 
@@ -162,17 +193,16 @@ def show(failure: Failure, plan: WorkPlan) -> None:
     if failure.problems:
         origins = {key: Mark(*mark) for key, mark in plan.marks.items()}
         if plan.full_error and failure.traceback:
-            print(failure.traceback, file=sys.stderr, end="")
+            say(failure.traceback, sys.stderr)
         problems = [_problem(values) for values in failure.problems]
-        print(render(problems, origins, directory=Path(plan.directory)), file=sys.stderr, flush=True)
+        say(render(problems, origins, directory=Path(plan.directory)) + "\n", sys.stderr)
         return
     if failure.traceback:
-        print(failure.traceback, file=sys.stderr, end="", flush=True)
+        say(failure.traceback, sys.stderr)
     if failure.go_on:
-        print(f"to go on: {failure.go_on}", file=sys.stderr if plan.json else sys.stdout, flush=True)
+        say(f"to go on: {failure.go_on}\n", sys.stderr if plan.json else sys.stdout)
     told = failure.told or f"{plan.config.get('name', 'the run')} failed"
-    who = f"rank {failure.rank} on {failure.host}: " if failure.world_size > 1 else ""
-    print(f"error: {told}: {who}{failure.error}", file=sys.stderr, flush=True)
+    say(f"error: {told}: {failure.said}\n", sys.stderr)
 
 
 def _plain(problem: Problem) -> dict[str, Any]:

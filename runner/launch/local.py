@@ -1,4 +1,4 @@
-"""The parent of one node's processes: starts them, hands on signals, waits, ends what is left, tells of a failure."""
+"""The parent of one node's processes: starts them, hands on signals, finds hangs, starts again, tells of failures."""
 
 from __future__ import annotations
 
@@ -9,66 +9,194 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from runner.console import say
 from runner.errors import RunnerError
 from runner.folder import RunFolder
-from runner.launch.failure import Failure, capture, failures, said, show
+from runner.heartbeat import ENDING, Beat, last
+from runner.launch import watch
+from runner.launch.failure import Failure, capture, failures, said, show, told_run
+from runner.launch.report import BEAT, OUTPUT, PLAN, STACKS, Report, file_of
+from runner.launch.watch import LOOK, View, Watch
 from runner.launch.worker import WorkPlan, command
-from runner.signals import INTERRUPTED, PREEMPTED, SIGNALS, exit_code
+from runner.signals import INTERRUPTED, PREEMPTED, SIGNALS, TWICE, at_once, exit_code, heard
 
 #: Seconds for the others once a process has failed, and once one has ended after a signal: they are saving as well.
 _GRACE, _GRACE_SAVING = 3.0, 30.0
 _POLL = 0.02
+#: A step that fails so often is not tried again.
+_CRASHES = 3
 
 
 def supervise(work: str, plan: WorkPlan, nproc: int) -> int:
     """Runs MODULE:FUNCTION in `nproc` processes of this computer; no process is left, whatever happens.
 
-    Rank 0 keeps the terminal. The first cause of a failure is told last. Returns the exit code of the whole.
+    Rank 0 keeps the terminal. After a failure all are started again, as often as launch.max_restarts says, and go on
+    in the same folder; not after a signal or where the input is wrong, nor where one step fails again and again. The
+    first cause of a failure is told last. Returns the exit code of the whole.
     """
+    most = plan.config.get("launch", {}).get("max_restarts") or 0
+    crashes: Counter[str] = Counter()
+    with heard_signals() as heard:
+        for attempt in range(most + 1):
+            with _report(nproc) as report:
+                node = Node(work, replace(plan, report=report.name, watched=True), nproc, report, heard, attempt)
+                try:
+                    node.start()
+                    node.wait()
+                finally:
+                    node.end()
+                if heard.left is not None:
+                    return heard.left
+                cause = node.cause()
+                if isinstance(cause, int):
+                    return cause
+                where = node.step_of(cause)
+                crashes[where] += 1
+                if crashes[where] == _CRASHES and not cause.problems:
+                    why = f"crash loop: {where} failed {_CRASHES} times, at last with: {cause.error}"
+                    return _show(replace(cause, error=why), node.plan, report)
+                if attempt == most or cause.problems or heard.received is not None:
+                    if attempt and not cause.problems:
+                        cause = replace(cause, error=f"{cause.error} (after {attempt} restarts)")
+                    return _show(cause, node.plan, report)
+                again = told_run(report).get("folder") or plan.again
+                _tell_restart(attempt + 1, most, cause, where, again)
+                plan = replace(plan, again=again, started=time.time())
+    raise AssertionError("the last attempt returns")
+
+
+def _tell_restart(number: int, most: int, cause: Failure, where: str, folder: str | None) -> None:
+    """One line about a restart: on the terminal, and in the run's log."""
+    line = f"restart {number} of {most}: {where} failed: {cause.said}"
+    say(f"{line}\n", sys.stderr)
+    if folder is not None:
+        with suppress(OSError), Path(folder, "logs", "main.log").open("a", encoding="utf-8") as log:
+            log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} WARNING {line}\n")
+
+
+@contextmanager
+def _report(nproc: int) -> Iterator[Report]:
+    """What the processes write to: in memory, or in a folder where the system has nothing of the kind."""
+    report = Report.in_memory(nproc)
+    if report is not None:
+        try:
+            yield report
+        finally:
+            report.close()
+        return
     with tempfile.TemporaryDirectory(prefix="runner-", ignore_cleanup_errors=True) as folder:
-        plan = replace(plan, report=folder)
-        node = Node(work, plan, nproc)
-        with node.signals():
-            try:
-                node.start()
-                node.wait()
-            finally:
-                node.end()
-        if node.left is not None:
-            return node.left
-        endings = [process.ending for process in node.processes if process.ending is not None]
-        return tell(plan, endings, node.received, nproc)
+        yield Report(folder)
+
+
+# --- signals --------------------------------------------------------------------------------------------------------
+
+
+class Heard:
+    """The signals that this process, or one of its children, has got.
+
+    `received` is the first of them, `left` the exit code once a second one has ended it all; `forward` hands the first
+    one on, `kill` ends all processes.
+    """
+
+    received: int | None = None
+    left: int | None = None
+
+    def __init__(self) -> None:
+        self.forward: Callable[[int, int | None], None] = lambda number, rank: None
+        self.kill: Callable[[], None] = lambda: None
+        self._of_child = 0.0
+
+    def __call__(self, number: int, frame: Any = None) -> None:
+        if self.received is None:
+            self.received = number
+            self.forward(number, None)
+        elif time.monotonic() - self._of_child > TWICE:
+            self.left = at_once(number)
+            self.kill()
+
+    def by_child(self, number: int, rank: int) -> None:
+        """A child has got a signal itself: the others hear of it."""
+        if self.received is None:
+            self.received, self._of_child = number, time.monotonic()
+            self.forward(number, rank)
+
+
+@contextmanager
+def heard_signals() -> Iterator[Heard]:
+    """Hears the signals that end a run, where this is the main thread; else they belong to somebody else."""
+    found = Heard()
+    try:
+        before = {number: signal.signal(number, found) for number in heard()}
+    except ValueError:
+        yield found
+        return
+    try:
+        yield found
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+# --- processes ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a process ended: its code (negative: the signal), when, and whether its parent ended it."""
+    """How a process ended: its code (negative: the signal), when, whether its parent ended it, its peak memory."""
 
     rank: int
     code: int
     time: float
     by_parent: bool = False
+    peak: int | None = None
 
 
 class Process:
-    """One rank: a process in a group of its own, so that its data workers end with it."""
+    """One rank: a process in a group of its own, so that its data workers end with it.
 
-    def __init__(self, rank: int, popen: subprocess.Popen[bytes]) -> None:
+    `ear` is the end of a pipe by which the system says at once that the process got a signal, whatever it is doing.
+    """
+
+    def __init__(self, rank: int, popen: subprocess.Popen[bytes], ear: int) -> None:
         self.rank = rank
         self.popen = popen
         self.ending: Ending | None = None
+        self._ear = ear
         self._killed = False
 
-    def poll(self) -> Ending | None:
-        if self.ending is None and (code := self.popen.poll()) is not None:
-            self.ending = Ending(self.rank, code, time.time(), self._killed)
+    def poll(self, *, wait: bool = False) -> Ending | None:
+        if self.ending is None:
+            try:
+                pid, status, usage = os.wait4(self.popen.pid, 0 if wait else os.WNOHANG)
+            except ChildProcessError:
+                pid, status, usage = self.popen.pid, 0, None
+            if pid:
+                self.popen.returncode = os.waitstatus_to_exitcode(status)
+                unit = 1 if sys.platform == "darwin" else 1024
+                peak = None if usage is None else usage.ru_maxrss * unit
+                self.ending = Ending(self.rank, self.popen.returncode, time.time(), self._killed, peak)
         return self.ending
+
+    def heard(self) -> int | None:
+        """The first of the signals that the process has got since the last call."""
+        try:
+            found = os.read(self._ear, 4096)
+        except OSError:
+            return None
+        return next((number for number in found if number in SIGNALS), None)
+
+    def send(self, number: int) -> None:
+        if self.poll() is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.popen.pid, number)
 
     def kill(self) -> None:
         """Kills the process and what it has started."""
@@ -76,39 +204,47 @@ class Process:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.popen.pid, signal.SIGKILL)
 
+    def close(self) -> None:
+        with suppress(OSError):
+            os.close(self._ear)
+
 
 class Node:
-    """The processes of one computer, from their start to their end.
+    """The processes of one computer, from their start to their end: one attempt."""
 
-    `received` is the first signal that this process got, `left` the exit code once a second one has ended it all.
-    """
-
-    def __init__(self, work: str, plan: WorkPlan, nproc: int) -> None:
+    def __init__(self, work: str, plan: WorkPlan, nproc: int, report: Report, heard: Heard, attempt: int) -> None:
         self.work = work
         self.plan = plan
         self.nproc = nproc
+        self.attempt = attempt
         self.processes: list[Process] = []
-        self.received: int | None = None
-        self.left: int | None = None
+        self._report = report
+        self._heard = heard
+        self._hang: Failure | None = None
+        reads = [partial(last, report.path(file_of(rank, BEAT))) for rank in range(nproc)]
+        timeout = plan.config.get("launch", {}).get("timeout") or float("inf")
+        self._watch = Watch(reads, timeout, compiles=bool(plan.config.get("compile")))
+        heard.forward, heard.kill = self._forward, self._kill
 
     def start(self) -> None:
         """Starts all processes. The store's port is open before, and rank 0 inherits it: no other program can take it.
 
         Raises RunnerError where the system allows no more processes.
         """
-        folder = Path(self.plan.report or "")
-        plan = folder / "plan.json"
-        self.plan.save(plan)
+        self._report.write(PLAN, self.plan.text())
         with socket.create_server(("127.0.0.1", 0)) as listening:
             common = environment(self.plan, self.nproc, listening.getsockname()[1])
             for rank in range(self.nproc):
-                descriptor = listening.fileno() if rank == 0 and self.nproc > 1 else None
-                words = [sys.executable, *command(self.work, plan, listen=descriptor)]
-                here = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                self._start(rank, words, here, descriptor, folder)
+                listen = listening.fileno() if rank == 0 and self.nproc > 1 else None
+                self._start(rank, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, listen)
 
-    def _start(self, rank: int, words: list[str], variables: dict[str, str], descriptor: int | None, to: Path) -> None:
-        output = None if rank == 0 else capture(to / f"rank_{rank}.out")
+    def _start(self, rank: int, variables: dict[str, str], listen: int | None) -> None:
+        output = None if rank == 0 else capture(self._report.path(file_of(rank, OUTPUT)))
+        ear, mouth = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC) if hasattr(os, "pipe2") else os.pipe()
+        os.set_blocking(ear, False)
+        os.set_blocking(mouth, False)
+        options = {"listen": listen, "tell": mouth, "attempt": self.attempt}
+        words = [sys.executable, *command(self.work, self._report.path(PLAN), **options)]
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             popen = subprocess.Popen(
@@ -117,65 +253,117 @@ class Node:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                pass_fds=() if descriptor is None else (descriptor,),
+                pass_fds=[number for number in (listen, mouth) if number is not None],
                 process_group=0,
             )
-            self.processes.append(Process(rank, popen))
+            self.processes.append(Process(rank, popen, ear))
         except OSError as error:
+            os.close(ear)
             raise RunnerError(f"process {rank + 1} of {self.nproc} cannot be started: {error}") from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            os.close(mouth)
             if output is not None:
                 os.close(output)
-        if self.received is not None:
-            popen.send_signal(self.received)
+        if self._heard.received is not None:
+            popen.send_signal(self._heard.received)
+
+    def _forward(self, number: int, rank: int | None) -> None:
+        """Hands a signal on to the processes that have not got it themselves."""
+        for process in self.processes:
+            if process.rank != rank and process.heard() is None:
+                process.send(number)
+
+    def _kill(self) -> None:
+        for process in self.processes:
+            process.kill()
 
     def wait(self) -> None:
-        """Until all have ended. When one fails, the others get a moment to fail, or to save, as well."""
+        """Until all have ended, or hang. When one fails, the others get a moment to fail, or to save, as well."""
+        looked = 0.0
         while True:
             endings = [process.poll() for process in self.processes]
             if all(endings):
                 return
+            for process in self.processes:
+                if (number := process.heard()) is not None:
+                    self._heard.by_child(number, process.rank)
             bad = [ending for ending in endings if ending is not None and ending.code != 0]
+            if self._heard.received is not None and any(ending.code == at_once(signal.SIGTERM) for ending in bad):
+                self._heard.left = at_once(signal.SIGTERM)  # a second signal, to one of them
+                return
             if bad:
                 saving = all(ending.code in (PREEMPTED, INTERRUPTED) for ending in bad)
                 if time.time() > min(ending.time for ending in bad) + (_GRACE_SAVING if saving else _GRACE):
                     return
+            elif time.monotonic() - looked >= LOOK:
+                looked = time.monotonic()
+                if self._watch.look():
+                    self._hang = self._hangs()
+                    return
             time.sleep(_POLL)
+
+    def _hangs(self) -> Failure:
+        """Collects the stacks of all and finds out who lags behind."""
+        run = told_run(self._report)
+        folder = Path(run["folder"]) if run else None
+        pids = [process.popen.pid for process in self.processes]
+        still = [watch.stopped(pid) for pid in pids]
+        stacks = watch.ask(pids, [self._report.path(file_of(process.rank, STACKS)) for process in self.processes])
+        views = [View(rank, self._watch.beats[rank], still[rank], stacks[rank]) for rank in range(self.nproc)]
+        titles = [
+            f"rank {view.rank}, process {pid}, {view.beat}{', stopped (SIGSTOP)' if view.stopped else ''}, "
+            f"no progress for {self._watch.waited(view.rank):.1f} s"
+            for view, pid in zip(views, pids, strict=True)
+        ]
+        path = watch.write_stacks(folder, list(zip(titles, stacks, strict=True)))
+        rank, what = watch.blame(views)
+        error = watch.told(self._watch.limit, what, path)
+        return self._failure(rank, error, self._watch.beats[rank])
+
+    def _failure(self, rank: int, error: str, beat: Beat | None = None) -> Failure:
+        """A failure of which the process itself could say nothing."""
+        run = told_run(self._report)
+        beat = beat or self._last(rank)
+        told = f"{self.plan.config.get('name', 'the run')} failed {beat}" if beat.beats else None
+        go_on, folder = run.get("go_on"), run.get("folder")
+        host = socket.gethostname()
+        return Failure(rank, self.nproc, host, time.time(), 1, error, told=told, go_on=go_on, folder=folder)
+
+    def _last(self, rank: int) -> Beat:
+        return last(self._report.path(file_of(rank, BEAT)))
+
+    def cause(self) -> Failure | int:
+        """Why the processes failed, or the exit code where they did not."""
+        if self._hang is not None:
+            return self._hang
+        endings = [process.ending for process in self.processes if process.ending is not None]
+        found = first_cause(self._report, endings, self._heard.received)
+        if found == 0:
+            # A hook that ends all processes with code 0 is no end of a training.
+            beats = [(rank, self._last(rank)) for rank in range(self.nproc)]
+            gone = next((rank for rank, beat in beats if beat.beats and beat.phase != ENDING), None)
+            return 0 if gone is None else self._failure(gone, _silence(Ending(gone, 0, 0.0)))
+        if not isinstance(found, Ending):
+            return found
+        others = failures(self._report)
+        silent = self._failure(found.rank, _silence(found))
+        if any(other.told for other in others):
+            told, go_on = next((other.told, other.go_on) for other in others if other.told)
+            silent = replace(silent, told=told, go_on=go_on)
+        return replace(silent, time=found.time)
+
+    def step_of(self, failure: Failure) -> str:
+        """The step in which a process failed, in words."""
+        beat = self._last(failure.rank)
+        return f"step {beat.step}" if beat.beats else "the start"
 
     def end(self) -> None:
         """Kills what still runs, and what the processes have left behind."""
+        self._kill()
         for process in self.processes:
-            process.kill()
-        for process in self.processes:
-            process.popen.wait()
-            process.poll()
-
-    @contextmanager
-    def signals(self) -> Iterator[None]:
-        """Hands the signals that end a run on to all processes; the second one ends them at once."""
-
-        def forward(number: int, frame: Any) -> None:
-            if self.received is not None:
-                self.left = INTERRUPTED if number == signal.SIGINT else 128 + number
-                for process in self.processes:
-                    process.kill()
-                return
-            self.received = number
-            for process in self.processes:
-                process.popen.send_signal(number)
-
-        try:
-            before = {number: signal.signal(number, forward) for number in SIGNALS}
-        except ValueError:
-            # Not the main thread: signals belong to somebody else.
-            yield
-            return
-        try:
-            yield
-        finally:
-            for number, old in before.items():
-                signal.signal(number, old)
+            process.poll(wait=True)
+            process.close()
 
 
 def environment(plan: WorkPlan, nproc: int, port: int) -> dict[str, str]:
@@ -207,8 +395,8 @@ def threads(config: Mapping[str, Any], nproc: int, variables: Mapping[str, str])
 # --- what is told --------------------------------------------------------------------------------------------------
 
 
-def tell(plan: WorkPlan, endings: list[Ending], received: int | None, world: int) -> int:
-    """Shows the first cause of a failure, once, and returns the exit code of the whole.
+def first_cause(report: Report, endings: list[Ending], received: int | None) -> Failure | Ending | int:
+    """The first cause of a failure: what a process said, or how one ended that said nothing; else the exit code.
 
     The first cause is the earliest failure that is no consequence of another one; else the process that was killed or
     ended without a word, be it with code 0 while the others still needed it; else the earliest failure.
@@ -216,8 +404,7 @@ def tell(plan: WorkPlan, endings: list[Ending], received: int | None, world: int
     bad = sorted((ending for ending in endings if ending.code != 0), key=lambda ending: ending.time)
     if not bad:
         return 0
-    folder = Path(plan.report or "")
-    found = failures(folder)
+    found = failures(report)
     by_itself = [failure for failure in found if not failure.secondary]
     reported = {failure.rank for failure in found}
     silent = [ending for ending in bad if not (ending.by_parent or ending.rank in reported or _interrupted(ending))]
@@ -227,48 +414,61 @@ def tell(plan: WorkPlan, endings: list[Ending], received: int | None, world: int
     if not by_itself and not silent:
         silent = [ending for ending in endings if ending.code == 0 and ending.time <= bad[0].time]
     if by_itself or silent:
-        return _show(by_itself[0] if by_itself else _silent(silent[0], world, found), plan, folder)
-    return _show(found[0], plan, folder) if found else 1
+        return by_itself[0] if by_itself else silent[0]
+    return found[0] if found else 1
+
+
+def tell(plan: WorkPlan, endings: list[Ending], received: int | None, world: int) -> int:
+    """Shows the first cause of a failure, once, and returns the exit code of the whole."""
+    report = Report(plan.report or "")
+    found = first_cause(report, endings, received)
+    if isinstance(found, int):
+        return found
+    if isinstance(found, Ending):
+        others = failures(report)
+        told, go_on = next(((each.told, each.go_on) for each in others if each.told), (None, None))
+        host = socket.gethostname()
+        found = Failure(found.rank, world, host, found.time, 1, _silence(found), told=told, go_on=go_on)
+    return _show(found, plan, report)
 
 
 def _interrupted(ending: Ending) -> bool:
     return ending.code in (PREEMPTED, INTERRUPTED)
 
 
-def _show(failure: Failure, plan: WorkPlan, folder: Path) -> int:
-    text, moved = said(folder / f"rank_{failure.rank}.out")
+def _show(failure: Failure, plan: WorkPlan, report: Report) -> int:
+    text, moved = ("", False) if failure.rank < 0 else said(report.path(file_of(failure.rank, OUTPUT)))
     if text and not (moved and failure.traceback):
-        print(f"rank {failure.rank} said:\n{text}", file=sys.stderr)
-    found = failures(folder)
+        say(f"rank {failure.rank} said:\n{text}\n", sys.stderr)
+    found = failures(report)
     others = [each.problems for each in found if each.rank != failure.rank]
     if failure.problems and failure.rank != 0 and failure.problems not in others:
-        print(f"rank {failure.rank} on {failure.host}, and no other process:", file=sys.stderr)
+        say(f"rank {failure.rank} on {failure.host}, and no other process:\n", sys.stderr)
     show(failure, plan)
-    _correct(failure, found)
+    _correct(failure, found, told_run(report).get("folder"))
     return failure.code
 
 
-def _correct(failure: Failure, found: list[Failure]) -> None:
+def _correct(failure: Failure, found: list[Failure], told: str | None) -> None:
     """Writes the first cause into the run's files, where the first process knew only what followed from it, or died."""
-    folder = next((each.folder for each in [failure, *found] if each.folder), None)
+    folder = next((each.folder for each in [failure, *found] if each.folder), told)
     if folder is None or failure.problems or not Path(folder).is_dir():
         return
     run = RunFolder(Path(folder))
-    where = f"rank {failure.rank} on {failure.host}: {failure.error}" if failure.world_size > 1 else failure.error
     summary, status = run.read_json("summary.json") or {}, run.read_json("status.json") or {}
     with suppress(OSError):
-        run.write_json("summary.json", {**summary, "status": "failed", "error": where})
-        run.write_json("status.json", {**status, "state": "failed", "reason": where})
+        run.write_json("summary.json", {**summary, "status": "failed", "error": failure.said})
+        run.write_json("status.json", {**status, "state": "failed", "reason": failure.said})
 
 
-def _silent(ending: Ending, world: int, others: list[Failure]) -> Failure:
-    """A failure of which the process itself could say nothing; what the others know is taken from them."""
-    error = f"ended with exit code {ending.code} and no error" + (", in the middle" if ending.code == 0 else "")
-    if ending.code < 0:
-        number = -ending.code
-        name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-        error = f"killed by {name}"
-        if number == signal.SIGKILL:
-            error = "killed (SIGKILL), likely out of memory: try a smaller batch.micro_size or fewer processes"
-    told, go_on = next(((each.told, each.go_on) for each in others if each.told), (None, None))
-    return Failure(ending.rank, world, socket.gethostname(), ending.time, 1, error, told=told, go_on=go_on)
+def _silence(ending: Ending) -> str:
+    """How a process ended that could say nothing itself."""
+    if ending.code >= 0:
+        return f"ended with exit code {ending.code} and no error" + (", in the middle" if ending.code == 0 else "")
+    number = -ending.code
+    if number == signal.SIGKILL:
+        peak = f" (its peak was {ending.peak / 2**20:,.0f} MiB)" if ending.peak else ""
+        advice = "try a smaller batch.micro_size or fewer processes"
+        return f"killed (SIGKILL), likely out of memory{peak}: {advice}"
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    return f"killed by {name}"

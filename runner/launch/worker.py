@@ -3,13 +3,13 @@
 `python -m runner.launch.worker MODULE:FUNCTION PLAN.json` calls the function with the plan and this process's place
 among the others (torchrun's words in the environment), and exits with its code; the entry point is handed in, so that
 this room knows nothing of what is run. `--listen FD` is a listening socket for the store of rank 0, `--parent PID` the
-process with which this one ends.
+process with which this one ends, `--tell FD` a pipe by which that hears at once of a signal to this one, `--attempt N`
+how often the processes have been started before.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import faulthandler
 import importlib
 import json as json_module  # a plan has a field of that name
@@ -27,7 +27,9 @@ from runner.distributed import Ranks
 from runner.errors import Elsewhere, InputError, RunnerError
 from runner.launch.environment import Environment
 from runner.launch.failure import Failure, capture, captured, record, show
-from runner.signals import INTERRUPTED, PREEMPTED, SIGNALS, exit_code
+from runner.launch.report import OUTPUT, SIGNAL, STACKS, Report, file_of
+from runner.launch.watch import answer
+from runner.signals import INTERRUPTED, PREEMPTED, SIGNALS, end_with, exit_code, heard
 
 
 @dataclass
@@ -35,8 +37,10 @@ class WorkPlan:
     """All that a process needs to know: plain values that travel as JSON.
 
     `config` is complete and resolved; `written` is the same with interpolations as they were written; `marks` says
-    where each key stands; `started` is the time (seconds since 1970) at which the program was started; `report` is
-    the folder in which a process that fails leaves a record, for a parent that tells the user.
+    where each key stands; `bound` are the targets that a recipe from elsewhere chose (key -> name); `started` is the
+    time (seconds since 1970) at which the program was started; `report` is where a process that fails leaves a record,
+    for a parent that tells the user (see launch.report); `watched` says that this parent looks at the signs of life as
+    well; `again` is the run's folder after an earlier attempt.
     """
 
     config: dict[str, Any]
@@ -45,14 +49,18 @@ class WorkPlan:
     directory: str
     started: float
     marks: dict[str, list[Any]] = field(default_factory=dict)
+    bound: dict[str, str] = field(default_factory=dict)
     run_dir: str | None = None
     terminal: str | None = None
     full_error: bool = False
     json: bool = False
     report: str | None = None
+    watched: bool = False
+    again: str | None = None
 
     def save(self, path: Path) -> None:
-        path.write_text(self.text(), encoding="utf-8")
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+            file.write(self.text())  # secrets are in it
 
     def text(self) -> str:
         return json_module.dumps(asdict(self))
@@ -68,9 +76,6 @@ class WorkPlan:
 
 Work = Callable[[WorkPlan, Ranks], int]
 
-#: In the folder for reports: a signal that came before a process could hear it.
-SIGNAL = "signal"
-
 
 def entry(name: str) -> Work:
     """The function behind MODULE:FUNCTION."""
@@ -78,10 +83,11 @@ def entry(name: str) -> Work:
     return getattr(importlib.import_module(module), function)
 
 
-def command(work: str, plan: Path, *, listen: int | None = None) -> list[str]:
+def command(work: str, plan: Path, **options: int | None) -> list[str]:
     """The command line of a worker whose parent is this process, without the interpreter."""
-    descriptor = [] if listen is None else ["--listen", str(listen)]
-    return ["-m", "runner.launch.worker", work, str(plan), "--parent", str(os.getpid()), *descriptor]
+    given = {"parent": os.getpid(), **options}
+    words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    return ["-m", "runner.launch.worker", work, str(plan), *words]
 
 
 def main(arguments: list[str]) -> NoReturn:
@@ -91,19 +97,26 @@ def main(arguments: list[str]) -> NoReturn:
     parser.add_argument("plan", type=Path)
     parser.add_argument("--listen", type=int)
     parser.add_argument("--parent", type=int)
+    parser.add_argument("--tell", type=int)
+    parser.add_argument("--attempt", type=int)
     options = parser.parse_args(arguments)
     if options.parent is not None:
         end_with(options.parent)
+    if options.tell is not None:
+        signal.set_wakeup_fd(options.tell, warn_on_full_buffer=False)
     plan = WorkPlan.load(options.plan)
     environment = Environment.read()
     if environment.problems:
         show(Failure.of(InputError(*environment.problems), Ranks(), InputError.exit_code, None, None), plan)
         leave(InputError.exit_code)
     ranks = replace(environment.ranks or Ranks(), listen_fd=options.listen)
+    if options.attempt is not None:
+        ranks = replace(ranks, attempt=options.attempt)
     _prepare(plan, ranks)
     code = _run(options.work, plan, ranks)
-    if plan.report is not None and ranks.keep_store and code in (PREEMPTED, INTERRUPTED):
-        # Torch's agent takes every other code than 0 for a failure and ends the others, which are saving as well.
+    if plan.report is not None and ranks.keep_store and code in (PREEMPTED, INTERRUPTED, InputError.exit_code):
+        # Torch's agent takes every other code than 0 for a failure: it ends the others, which are saving as well, and
+        # starts again what the user has to mend.
         Path(plan.report, f"rank_{ranks.rank}.code").write_text(str(code), encoding="utf-8")
         code = 0
     leave(code)
@@ -111,22 +124,27 @@ def main(arguments: list[str]) -> NoReturn:
 
 def _prepare(plan: WorkPlan, ranks: Ranks) -> None:
     """Output and signals of a process that has a parent."""
-    if plan.report is not None:
-        Path(plan.report, f"rank_{ranks.rank}.pid").write_text(str(os.getpid()), encoding="utf-8")
+    report = None if plan.report is None else Report(plan.report)
+    if report is not None:
+        report.clear(ranks.rank)
+        if not plan.watched:
+            report.path(f"rank_{ranks.rank}.pid").write_text(str(os.getpid()), encoding="utf-8")
         if not ranks.main:
             # Opened again, although the parent may have done so: torch's agent knows nothing of it.
-            output = capture(Path(plan.report, f"rank_{ranks.rank}.out"))
+            output = capture(report.path(file_of(ranks.rank, OUTPUT)))
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
                 os.dup2(output, stream.fileno())
                 stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
             os.close(output)
+        if plan.watched:
+            answer(report.path(file_of(ranks.rank, STACKS)))
     faulthandler.enable()
     leave_on_signals(speaks=ranks.main)
     # The parent starts its children with these blocked, so that none is hit before it can answer.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    if plan.report is not None and (missed := Path(plan.report, SIGNAL)).exists():
-        os.kill(os.getpid(), int(missed.read_text()))
+    if report is not None and (missed := report.read(SIGNAL)):
+        os.kill(os.getpid(), int(missed))
 
 
 def _run(work: str, plan: WorkPlan, ranks: Ranks) -> int:
@@ -165,21 +183,14 @@ def leave_on_signals(*, speaks: bool = True) -> dict[signal.Signals, Any]:
 
     def leave_at_once(number: int, frame: Any) -> None:
         if speaks:
-            os.write(2, b"\ninterrupted before the first step: nothing to save\n")
+            with suppress(OSError):  # the terminal may have gone
+                os.write(2, b"\ninterrupted before the first step: nothing to save\n")
         os._exit(exit_code(number))
 
     try:
-        return {number: signal.signal(number, leave_at_once) for number in SIGNALS}
+        return {number: signal.signal(number, leave_at_once) for number in heard()}
     except ValueError:
         return {}  # not the main thread
-
-
-def end_with(parent: int) -> None:
-    """Asks the system to kill this process when its parent dies, where it can, and makes sure that it still lives."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 if __name__ == "__main__":

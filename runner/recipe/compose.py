@@ -7,6 +7,7 @@ here, so that every key knows its file, line and column, and all problems are fo
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,11 +26,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from runner.errors import Mark, Problem
 from runner.recipe.document import Keys
+from runner.recipe.foreign import Foreign, built_in_targets, foreign_files, granted, remote_code
 from runner.recipe.interpolation import resolve
 from runner.recipe.overrides import COMMAND_LINE, Assignment, parse
 from runner.recipe.problems import nearest, show
 from runner.recipe.schema import complete
-from runner.recipe.sources import RECIPE, ROOT, Choice, Repository, near, search, unknown_recipe
+from runner.recipe.sources import RECIPE, ROOT, Choice, Given, Repository, near, search, unknown_recipe
 from runner.recipe.tree import Tree, dotted
 from runner.recipe.validate import known_keys, may_be_removed, validate
 
@@ -58,6 +60,8 @@ class Composition:
     directory: Path = field(default_factory=Path.cwd)
     #: Keys that are null because an interpolation could not be resolved.
     failed: set[str] = field(default_factory=set)
+    #: Targets that a recipe from elsewhere chose: key -> name. To be confirmed once they can be imported.
+    bound: dict[str, str] = field(default_factory=dict)
 
     def check(self, world: int = 1) -> list[Problem]:
         """All problems: those of composing, and those of the schema. Derived batch keys are filled in.
@@ -92,6 +96,7 @@ class _Composer:
     """One composition, step by step."""
 
     def __init__(self, directory: Path, config_dirs: Sequence[Path]) -> None:
+        self.directory = directory
         self.folders = search(directory, config_dirs)
         self.repository = Repository(self.folders)
         self.tree = Tree()
@@ -153,9 +158,17 @@ class _Composer:
             fix = "name one recipe; -m runs several, one after the other: -m +recipe=a,b"
             problem = Problem(RECIPE, "a run has one recipe", fix, name, COMMAND_LINE)
         elif re.search(r"[/\\]|^\.+$|\0", name):
-            stem = Path(name).stem
-            fix = f"write `+recipe={stem}`" if stem in options else "put the file into ./recipes and name it"
-            problem = Problem(RECIPE, "a recipe is a name, not a path", fix, name, COMMAND_LINE)
+            found = self._given(name, options)
+            if isinstance(found, Given):
+                self.folders.append(found)
+                self.repository.sources.append(found)
+                self.chosen[RECIPE] = Choice(found.name, COMMAND_LINE)
+                self.result.recipe = found.name
+                if found.foreign:
+                    note = f"{name} comes from elsewhere: it builds what is listed as harmless, and what trust= adds"
+                    self.result.notes.append(note)
+                return
+            problem = found
         elif name.removesuffix(".yaml") not in options:
             problem = unknown_recipe(name, options, COMMAND_LINE)
         else:
@@ -165,6 +178,23 @@ class _Composer:
             return
         self.problems.append(problem)
         del self.chosen[RECIPE]
+
+    def _given(self, name: str, options: list[str]) -> Given | Problem:
+        """The recipe that a path names."""
+        path = self.directory / name
+        fix = (
+            f"write `+recipe={path.stem}`"
+            if path.stem in options
+            else "give the path of a file, or put it into ./recipes"
+        )
+        if path.suffix not in (".yaml", ".yml"):
+            return Problem(RECIPE, "is not the path of a recipe: it does not end in .yaml", fix, name, COMMAND_LINE)
+        try:
+            if path.is_file():
+                return Given(path, self.directory)
+        except (OSError, ValueError, RuntimeError):
+            pass  # a path that the system does not take
+        return Problem(RECIPE, "there is no such file", fix, name, COMMAND_LINE)
 
     def _hydra_overrides(self) -> list[Override]:
         """The choices of the command line in Hydra's terms."""
@@ -232,7 +262,7 @@ class _Composer:
             return False
         exists = all(self.repository.files(f"{group}/{option}") for option in later[0].options)
         if content is not None and later[0].mark == COMMAND_LINE and later[0].value is not None and exists:
-            name = recipe.removeprefix(f"{RECIPE}/")
+            name = recipe.removeprefix(f"{RECIPE}/").removeprefix("path:")
             self.result.notes.append(
                 f"{group}={show(later[0].value)} replaces what the recipe {name} says about {group}"
             )
@@ -300,7 +330,14 @@ class _Composer:
     def _finish(self, overrides: Sequence[str]) -> Composition:
         result, repository = self.result, self.repository
         result.unresolved = complete(copy.deepcopy(self.tree.data))
-        result.config, problems, result.failed = resolve(result.unresolved, {p.key for p in self.problems})
+        foreign = self._foreign()
+        stopped = foreign.written(self._choices()) if foreign else set()
+        result.config, problems, result.failed = resolve(result.unresolved, {p.key for p in self.problems}, stopped)
+        if foreign:
+            foreign.resolved(result.config)
+            result.config["trust"], result.bound = foreign.granted, foreign.bound
+            self.problems += foreign.problems
+        self.problems += remote_code(result.config, self.tree, {p.key for p in self.problems})
         result.origins = {dotted(keys): mark for keys, mark in self.tree.marks.items()}
         result.origins.update(self._chosen_where())
         recipe = repository.documents.get(f"{RECIPE}/{result.recipe}")
@@ -313,6 +350,14 @@ class _Composer:
         if result.recipe is None and not any(p.key == RECIPE for p in result.problems):
             self._ask_for_recipe(result)
         return result
+
+    def _foreign(self) -> Foreign | None:
+        """What comes from elsewhere; None where all files are the user's own."""
+        files = foreign_files(self.repository, self.chosen)
+        if not files:
+            return None
+        names = granted(self.directory, self.tree, files, self.problems)
+        return Foreign(files, self.tree, names, functools.cache(lambda: built_in_targets(self.repository)))
 
     def _chosen_where(self) -> dict[str, Mark]:
         """Of a group that an option's file fills: where the option was chosen, by command line or recipe."""

@@ -261,7 +261,7 @@ class _Plain:
     def scalar(self, node: Node, keys: Keys) -> Any:
         try:
             value = self.loader.construct_object(node)
-        except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
+        except (yaml.YAMLError, ValueError, KeyError, TypeError, OverflowError) as error:
             why = str(error.problem) if isinstance(error, yaml.MarkedYAMLError) else "the value cannot be read"
             self._problem(keys[:-1], keys[-1] if keys else None, why, "write a plain value", node, node.value)
             return None

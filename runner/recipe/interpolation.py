@@ -19,23 +19,27 @@ from runner.recipe.tree import dotted, leaves
 MAX_TEXT = 10_000
 MAX_COPIES = 3_000
 MAX_INTERPOLATIONS = 1_000
+#: Characters of all texts with interpolations as they are written: their grammar reads some ten thousand a second.
+MAX_WRITTEN = 10_000
 
-_REFERENCE = re.compile(r"\$\{\s*(\.*)([\w.\[\]/@-]*)\s*\}")
+#: `${a.b}`: the dots before it, and the path.
+REFERENCE = re.compile(r"\$\{\s*(\.*)([\w.\[\]/@-]*)\s*\}")
 _PLAIN_RESOLVER = re.compile(r"\$\{\s*(oc\.env|now)\s*:[^${}]*\}")
 _MISSING = "???"
 
 
 def resolve(
-    data: dict[str, Any], broken: Collection[str | None] = ()
+    data: dict[str, Any], broken: Collection[str | None] = (), stopped: Collection[str] = ()
 ) -> tuple[dict[str, Any], list[Problem], set[str]]:
     """A copy with all interpolations resolved, what was wrong, and the keys that are null because of it.
 
-    What refers to something below a key in `broken` is not complained about again.
+    What refers to something below a key in `broken` is not complained about again. Interpolations of keys in
+    `stopped` are not resolved: they have been complained about.
     """
     data = copy.deepcopy(data)
     if not any(isinstance(v, str) and ("${" in v or v == _MISSING) for _, v in leaves(data)):
         return data, [], set()
-    resolver = _Resolver(data, broken)
+    resolver = _Resolver(data, broken, stopped)
     return resolver.run(), resolver.problems, {dotted(keys) for keys in resolver.failed}
 
 
@@ -48,8 +52,9 @@ class _Failed(Exception):
 
 
 class _Resolver:
-    def __init__(self, data: dict[str, Any], broken: Collection[str | None]) -> None:
+    def __init__(self, data: dict[str, Any], broken: Collection[str | None], stopped: Collection[str]) -> None:
         self.data = data
+        self.stopped = stopped
         self.broken = broken
         self.problems: list[Problem] = []
         self.failed: set[Keys] = set()
@@ -64,6 +69,7 @@ class _Resolver:
             self.problems.append(Problem(dotted(first), why, "write values instead", text))
             self.failed.update(self.waiting)
             return self.data
+        self._stop_at_length()
         for keys, value in leaves(self.data):
             if value == _MISSING:
                 why, fix = "the value is missing (???)", f"give it: {dotted(keys)}=…"
@@ -71,6 +77,9 @@ class _Resolver:
                 self.failed.add(keys)
                 self._store(keys, None)
         for keys, text in list(self.waiting.items()):
+            if dotted(keys) in self.stopped:
+                self._fail(keys, text, "", "")
+                continue
             try:
                 parse(text)
             except (OmegaConfBaseException, RecursionError) as error:
@@ -85,12 +94,23 @@ class _Resolver:
                 self._fail(keys, self.waiting[keys], why, "make the chain shorter")
         return self.data
 
+    def _stop_at_length(self) -> None:
+        written = 0
+        for keys, text in list(self.waiting.items()):
+            if written + len(text) > MAX_WRITTEN:
+                why = f"the texts with interpolations have more than {MAX_WRITTEN:,} characters, up to this one"
+                self._fail(keys, text, why, "write values instead")
+            else:
+                written += len(text)
+
     def _settle(self, keys: Keys, through: tuple[Keys, ...]) -> None:
         """Resolves one leaf, after all leaves that it refers to."""
         if keys not in self.waiting or keys in through:
             return
         text = self.waiting[keys]
         try:
+            if self.copies > MAX_COPIES:
+                raise _Failed("")  # has been complained about, and copying takes time
             if self._may_refer_to_anything(text):
                 for leaf in list(self.waiting):
                     self._settle(leaf, (*through, keys))
@@ -116,12 +136,12 @@ class _Resolver:
 
     def _may_refer_to_anything(self, text: str) -> bool:
         """Whether a text refers by a name that is itself put together, or through a resolver."""
-        return "${" in _REFERENCE.sub("", _PLAIN_RESOLVER.sub("", text))
+        return "${" in REFERENCE.sub("", _PLAIN_RESOLVER.sub("", text))
 
     def _targets(self, keys: Keys, text: str) -> list[Keys]:
         """The places that a text refers to by `${a.b}`, `${.b}` or `${a[0]}`."""
         found = []
-        for dots, path in _REFERENCE.findall(text):
+        for dots, path in REFERENCE.findall(text):
             names = [n for n in re.split(r"[.\[\]]+", path) if n]
             start: Keys = keys[: max(len(keys) - len(dots), 0)] if dots else ()
             if names:

@@ -28,7 +28,11 @@ VERBS = ("recipes",)
 _TEXT = re.compile(r"""(?!\w+\()[^\[\]{},='"\\\x00-\x1f\x7f]+""")
 
 #: Keys whose value is a path, where `=` is a character like others: jobs of a sweep have it in their folders' names.
-_PATHS = ("run_dir", "resume")
+_PATHS = ("run_dir", "resume", "recipe")
+
+#: Characters of one override, and of all: Hydra's grammar reads some ten thousand a second.
+MAX_TEXT = 10_000
+MAX_ALL = 30_000
 
 #: More jobs than this in one sweep are a mistake.
 MAX_JOBS = 10_000
@@ -186,6 +190,9 @@ def parse(overrides: Sequence[str]) -> tuple[list[Assignment], list[Problem]]:
     """The overrides of one run, parsed; those that cannot be are problems."""
     assignments: list[Assignment] = []
     problems: list[Problem] = []
+    if (total := sum(map(len, overrides))) > MAX_ALL and max(map(len, overrides)) <= MAX_TEXT:
+        why = f"the overrides have {total:,} characters, more than {MAX_ALL:,}"
+        return [], [_problem("overrides", why, "write them into a recipe")]
     for text in overrides:
         override = _grammar(text, problems)
         if override is None:
@@ -209,6 +216,10 @@ def parse(overrides: Sequence[str]) -> tuple[list[Assignment], list[Problem]]:
 
 
 def _grammar(text: str, problems: list[Problem]) -> Override | None:
+    if len(text) > MAX_TEXT:
+        why = f"the override has {len(text):,} characters, more than {MAX_TEXT:,}"
+        problems.append(_problem(text.partition("=")[0][:100], why, "write it into a recipe"))
+        return None
     try:
         return OverridesParser.create().parse_overrides([text])[0]
     except (HydraException, ValueError, RecursionError) as error:

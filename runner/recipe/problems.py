@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import Mark, Problem
-from runner.recipe.redact import is_secret
+from runner.recipe.redact import is_secret, without_password
 
 _WIDTH = 80
 _LONGEST_VALUE = 200
+_LONGEST_LINE = 2_000
 _MOST = 50
 #: Keys that a recipe has to give: where one is missing, the recipe's file is the place to look at.
 _NEEDED = frozenset({"model", "task", "optimizer", "data", "data.train", "train", "batch", "batch.global_size"})
@@ -62,8 +63,9 @@ def _wrapped(text: str, start: str) -> list[str]:
     """Lines of at most 80 columns; what has no spaces, such as a path, stays whole so that it can be copied."""
     if not text:
         return []
+    short = text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]}..."
     return textwrap.wrap(
-        text, _WIDTH, initial_indent=start, subsequent_indent=" " * max(len(start), 4),
+        short, _WIDTH, initial_indent=start, subsequent_indent=" " * max(len(start), 4),
         break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip
 
@@ -83,7 +85,7 @@ def place(mark: Mark | None, directory: Path) -> str:
 
 def show(value: Any, key: str | None = None) -> str:
     """A value as it would stand in YAML on one line, shortened, without secrets."""
-    text = "***" if key and is_secret(key) and isinstance(value, (str, list, tuple)) else _flow(value)
+    text = "***" if key and is_secret(key) and isinstance(value, (str, list, tuple)) else without_password(_flow(value))
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
 
 

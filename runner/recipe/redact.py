@@ -6,8 +6,17 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-REDACTED = "<redacted>"
+from runner.console import REDACTED
+
 _SECRET = frozenset({"token", "key", "password", "secret"})
+#: A password inside of a URL: scheme://user:password@host.
+_IN_URL = re.compile(r"(?<=://)([^/\s:@]*):([^/\s@]+)@")
+#: `name: value`, `name = "value"`, `NAME=value` on a line of a file.
+_ON_LINE = re.compile(
+    r"""^(?P<before>[-+ ]?[\s{,"'-]*(?:export\s+)?(?P<name>[\w.-]+)["']?\s*(?P<sign>[:=])\s*)"""
+    r"""(?P<value>"[^"]+"|'[^']+'|[^\s"'(){}\[\],]{6,})(?P<after>\s*[,}]?\s*(?:\#.*)?)$""",
+    re.MULTILINE,
+)
 _FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*([^,}\s]+)")
 
 
@@ -15,8 +24,9 @@ def redact(config: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, A
     """The configuration with secrets replaced.
 
     A string under a key whose last word is token, key, password or secret (`hub_token`; not `tokenizer`, nor the
-    `text_key` of a data set's column) becomes `<redacted>`. A value that comes from an environment variable of such a
-    name, or that refers to a secret, keeps its interpolation, as it stands in `written`.
+    `text_key` of a data set's column) becomes `<redacted>`, and so does a password inside of a URL. A value
+    that comes from an environment variable of such a name, or that refers to a secret, keeps its interpolation, as it
+    stands in `written`.
     """
     secrets = secrets_of(config, written)
     return {key: _one(str(key), value, written.get(key), secrets) for key, value in config.items()}
@@ -72,6 +82,8 @@ def _secrets(key: str, value: Any, written: Any) -> Iterator[str]:
     """The secret strings themselves: other values may hold them."""
     if isinstance(value, str) and (is_secret(key) or _from_secret_variable(written)):
         yield value
+    if isinstance(value, str):
+        yield from (password for _, password in _IN_URL.findall(value))
     for name, item, before in _pairs(value, written):
         yield from _secrets(key if name is None else name, item, before)
 
@@ -89,4 +101,23 @@ def _one(key: str, value: Any, written: Any, secrets: set[str]) -> Any:
         return REDACTED
     if isinstance(written, str) and "${" in written and any(secret in value for secret in secrets):
         return written
-    return value
+    return without_password(value)
+
+
+def without_password(text: str) -> str:
+    """A text with the passwords of its URLs replaced."""
+    return _IN_URL.sub(rf"\1:{REDACTED}@", text)
+
+
+def redact_text(text: str) -> str:
+    """A file's text, or a difference of files, with what its lines give to secret names replaced."""
+    return without_password(_ON_LINE.sub(_line_without, text))
+
+
+def _line_without(found: re.Match[str]) -> str:
+    quoted = found["value"][0] in "'\""
+    spaced = found["sign"] == "=" and " " in found["before"].rpartition("=")[0][-1:]
+    reference = found["value"].strip("'\"").startswith("${")
+    if not is_secret(found["name"]) or reference or (spaced and not quoted):
+        return found[0]
+    return f"{found['before']}{REDACTED}{found['after']}"

@@ -11,7 +11,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def key(default: Any, help: str, **limits: Any) -> Any:
-    """A configuration key. Limits: `least` and `most` (inclusive bounds), `above` (exclusive lower bound)."""
+    """A configuration key. Limits: `least` and `most` (inclusive bounds), `above` (exclusive lower bound).
+
+    `name` is the key where it is no name that Python takes."""
     metadata = {"help": help, **limits}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
@@ -156,7 +158,8 @@ class Launch:
     node_rank: int | None = key(None, "this computer's number; 0 is the one that rdzv_endpoint names", least=0)
     rdzv_endpoint: str | None = key(None, "HOST:PORT where the computers meet")
     rdzv_id: str | None = key(None, "a name of the job, the same on all computers")
-    timeout: float = key(1800.0, "seconds that a process waits for another one", above=0)
+    timeout: float = key(1800.0, "seconds without progress that count as a hang", above=0)
+    max_restarts: int = key(0, "how often the processes are started again after a failure", least=0, most=10**6)
     threads: int | None = key(None, "threads per process; default: cores / processes", least=1, most=1024)
 
 
@@ -178,13 +181,18 @@ class Checkpoint:
     every: Every | None = key(None, "{steps: N}, {epochs: N} or {seconds: N}; null: only the last")
     keep: int = key(2, "how many of the newest are kept", least=2)
     best: Best | None = key(None, "{metric, mode}: the best evaluation's checkpoint is kept too")
+    milestones: int | None = key(None, "checkpoints of steps that are a multiple of this are kept for ever", least=1)
+    async_: bool = key(True, "write in the background while the training goes on", name="async")
+    on_error: Literal["stop", "continue"] = key("stop", "what to do when a checkpoint cannot be written")
 
 
 @dataclass
 class Config:
     name: str = key("run", "the run's name")
     seed: int = key(0, "data order, initialisation and dropout follow from it", least=0, most=2**63 - 1)
-    determinism: Literal["default", "kernels"] = key("default", "kernels: ask torch for deterministic kernels")
+    determinism: Literal["default", "kernels", "canonical"] = key(
+        "default", "kernels: deterministic kernels; canonical: the same bits on any number of processes"
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = key("auto", "auto: the accelerator that is there, else cpu")
     train: Train = group(Train, "how long")
     batch: Batch = group(Batch, "batch arithmetic")
@@ -208,7 +216,13 @@ class Config:
     checkpoint: Checkpoint | None = key(Checkpoint, "when to save and what to keep; checkpoint=none saves nothing")
     resume: str = key("auto", "auto: go on where this run directory stopped; never; or a checkpoint's or run's path")
     resume_allow: list[str] = key(list, "keys that may differ from what the run was started with")
-    nan: Literal["stop", "skip", "ignore"] = key("stop", "what to do about a loss or gradient that is not finite")
+    init_from: str | dict[str, Any] | None = key(
+        None, "weights to begin with: a safetensors file, a folder, a hub's name or a checkpoint; or {path, ...}"
+    )
+    trust: list[str] = key(list, "names that a recipe from elsewhere may build: package.module.Name, or package.*")
+    nan: Literal["stop", "skip", "rollback", "ignore"] = key(
+        "stop", "what to do about a loss or gradient that is not finite"
+    )
     hooks: Specs = key(Specs, "name -> what to build; null removes a hook")
     trackers: Specs = key(Specs, "name -> what to build; null removes a tracker")
     run_dir: str | None = key(None, "where the run writes; default runs/DATE-TIME-NAME-xxxx")
@@ -261,8 +275,9 @@ def keys_of(section: type) -> Mapping[str, Key]:
         hint = hints[item.name]
         kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
         make = functools.partial(_same, item.default) if item.default is not MISSING else item.default_factory
-        limits = {name: limit for name, limit in item.metadata.items() if name != "help"}
-        found[item.name] = Key(item.name, kinds, make, item.metadata["help"], limits)  # type: ignore[arg-type]
+        limits = {name: limit for name, limit in item.metadata.items() if name not in ("help", "name")}
+        name = item.metadata.get("name", item.name)
+        found[name] = Key(name, kinds, make, item.metadata["help"], limits)  # type: ignore[arg-type]
     return found
 
 

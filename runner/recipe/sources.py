@@ -27,13 +27,23 @@ from runner.recipe.schema import Config, Specs, keys_of
 ROOT = "runner"
 RECIPE = "recipe"
 
+#: Entries of one defaults list, and options chosen at once: Hydra's algorithm takes its time for each.
+MAX_DEFAULTS = 64
+
+#: The newest format of recipes that is read.
+FORMAT = 1
+
 
 class Folder(ConfigSource):
-    """A folder of YAML files; with `group`, a flat one that is offered as that group."""
+    """A folder of YAML files; with `group`, a flat one that is offered as that group.
 
-    def __init__(self, provider: str, path: Path, group: str = "") -> None:
+    `foreign`: it is not the user's own, so that its files may not build just anything.
+    """
+
+    def __init__(self, provider: str, path: Path, group: str = "", foreign: bool = False) -> None:
         super().__init__(provider, f"{self.scheme()}://{path}")
         self.group = group
+        self.foreign = foreign
 
     @staticmethod
     def scheme() -> str:
@@ -81,23 +91,45 @@ class Folder(ConfigSource):
         raise NotImplementedError("the repository reads the file, to keep its marks")
 
 
+class Given(Folder):
+    """One recipe that was given by its path, offered under a name that no file in a folder has."""
+
+    def __init__(self, path: Path, directory: Path) -> None:
+        super().__init__(str(path), path.parent, RECIPE, is_foreign(path, directory))
+        self.recipe = path
+        self.name = f"path:{path.stem}"
+
+    def file(self, config_path: str) -> Path | None:
+        return self.recipe if config_path == f"{RECIPE}/{self.name}" else None
+
+    def list(self, config_path: str, results_filter: ObjectType | None = None) -> list[str]:
+        return []
+
+
+def is_foreign(path: Path, directory: Path) -> bool:
+    """Whether a path that the user gave leads out of the working directory, links followed."""
+    real = path.resolve()
+    return not any(real.is_relative_to(own.resolve()) for own in (directory, BUILTIN / "conf", BUILTIN / "recipes"))
+
+
 def search(directory: Path, config_dirs: Iterable[Path] = ()) -> list[Folder]:
     """All folders with configuration, the first that has a file wins: the user's own, then the built-in ones."""
     in_checkout = directory.resolve() == BUILTIN.resolve()
     folders = [
-        ("built-in" if in_checkout else "./conf", directory / "conf", ""),
-        ("built-in" if in_checkout else "./recipes", directory / "recipes", RECIPE),
+        ("built-in" if in_checkout else "./conf", directory / "conf", "", False),
+        ("built-in" if in_checkout else "./recipes", directory / "recipes", RECIPE, False),
     ]
     for given in config_dirs:
         path = directory / given
-        folders += [(str(given), path, ""), (f"{given}/recipes", path / "recipes", RECIPE)]
+        outside = is_foreign(path, directory)
+        folders += [(str(given), path, "", outside), (f"{given}/recipes", path / "recipes", RECIPE, outside)]
     for plugin in [*plugin_folders(directory), *installed_plugins()]:
-        folders.append((f"plugin {plugin.name}", plugin / "conf", ""))
-    folders += [("built-in", BUILTIN / "conf", ""), ("built-in", BUILTIN / "recipes", RECIPE)]
+        folders.append((f"plugin {plugin.name}", plugin / "conf", "", False))
+    folders += [("built-in", BUILTIN / "conf", "", False), ("built-in", BUILTIN / "recipes", RECIPE, False)]
     seen: dict[tuple[str, str], Folder] = {}
-    for provider, path, group in folders:
+    for provider, path, group, outside in folders:
         if path.is_dir():
-            seen.setdefault((os.path.realpath(path), group), Folder(provider, path, group))
+            seen.setdefault((os.path.realpath(path), group), Folder(provider, path, group, outside))
     return list(seen.values())
 
 
@@ -154,6 +186,8 @@ class Repository(ConfigRepository):
     def __init__(self, folders: Sequence[Folder]) -> None:
         self.sources = list(folders)
         self.documents: dict[str, Document] = {}
+        #: Config paths of the documents that are not the user's own.
+        self.foreign: set[str] = set()
         self.results: dict[str, ConfigResult | None] = {}
         self.problems: list[Problem] = []
         self.notes: list[str] = []
@@ -179,9 +213,12 @@ class Repository(ConfigRepository):
         is_value = known is not None and known.section is None and not known.builds and known.kinds != (Specs,)
         return not is_value and self.group_exists(key)
 
+    def folders(self) -> list[Folder]:
+        return [folder for folder in self.sources if isinstance(folder, Folder)]
+
     def files(self, config_path: str) -> list[tuple[Folder, Path]]:
         """Every file of that path, the one that wins first."""
-        found = [(folder, folder.file(config_path)) for folder in self.sources if isinstance(folder, Folder)]
+        found = [(folder, folder.file(config_path)) for folder in self.folders()]
         return [(folder, path) for folder, path in found if path is not None]
 
     def load_config(self, config_path: str) -> ConfigResult | None:
@@ -204,12 +241,16 @@ class Repository(ConfigRepository):
             document, defaults = Document(""), []
         else:
             is_recipe = config_path.startswith(f"{RECIPE}/")
+            if files[0][0].foreign:
+                self.foreign.add(config_path)
             document = read(files[0][1], may_be_empty=not is_recipe)
             self.problems += document.problems
             self._note_shadowed(config_path, files)
             if is_recipe and document.package is None:
                 document.package = "_global_"  # without it a recipe would have no effect
             self._refuse_hydra(document)
+            if is_recipe:
+                self._refuse_newer(document)
             chosen = self._choices(document) if is_recipe or config_path == ROOT else {}
             defaults = self._defaults(config_path, document, chosen)
         self.documents[config_path] = document
@@ -255,6 +296,21 @@ class Repository(ConfigRepository):
             fix = "remove the section; `run_dir` says where a run writes"
             self.problems.append(Problem("hydra", why, fix, value, document.mark("hydra")))
 
+    def _refuse_newer(self, document: Document) -> None:
+        """A recipe may say which `format` it is written in; of a newer one nothing else can be said."""
+        if "format" not in document.data:
+            return
+        mark, given = document.mark("format"), document.data.pop("format")
+        if type(given) is int and 1 <= given <= FORMAT:
+            return
+        if type(given) is int and given > FORMAT:
+            why, fix = f"the recipe is of format {given}, and this program reads {FORMAT}", "install a newer runner"
+            document.data, document.defaults = {}, []
+            self.problems.append(Problem(None, why, fix, mark=mark))
+        else:
+            fix = f"write `format: {FORMAT}`, or leave it out"
+            self.problems.append(Problem("format", "is no format of recipes", fix, given, mark))
+
     def _choices(self, document: Document) -> dict[str, Choice]:
         """Takes the beginner's form out of the data: `precision: bf16` chooses the option of a group."""
         chosen = {}
@@ -264,7 +320,11 @@ class Repository(ConfigRepository):
                 pass
             elif not isinstance(value, list) or not all(isinstance(v, str) for v in value):
                 continue
-            if not (isinstance(value, str) and ("${" in value or value == "???")):
+            if isinstance(value, list) and len(value) > MAX_DEFAULTS:
+                why = f"chooses {len(value):,} options, more than {MAX_DEFAULTS}"
+                self.problems.append(Problem(key, why, "name each once", mark=document.mark(key)))
+                del document.data[key]
+            elif not (isinstance(value, str) and ("${" in value or value == "???")):
                 chosen[key] = Choice(value, document.mark(key))
                 if value is not None:  # null also stays as the value, which removes what the schema would fill in
                     del document.data[key]
@@ -275,6 +335,10 @@ class Repository(ConfigRepository):
         own: list[InputDefault] = []
         for position, item in enumerate(document.defaults):
             mark = document.mark("defaults", position)
+            if position >= MAX_DEFAULTS:
+                why = f"the defaults list has {len(document.defaults):,} entries, more than {MAX_DEFAULTS}"
+                self.problems.append(Problem("defaults", why, "divide it among several files", mark=mark))
+                break
             entry = self._entry(item, mark, config_path)
             if not isinstance(entry, GroupDefault):
                 own += [] if entry is None else [entry]

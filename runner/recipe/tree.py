@@ -145,5 +145,16 @@ def leaves(value: Any, keys: Keys = ()) -> Iterator[tuple[Keys, Any]]:
         yield from leaves(item, (*keys, key))
 
 
+def mappings(value: Any, keys: Keys = ()) -> Iterator[tuple[Keys, dict[Any, Any]]]:
+    """Every mapping, at any depth, with its place."""
+    if isinstance(value, dict):
+        yield keys, value
+        for key, item in value.items():
+            yield from mappings(item, (*keys, key))
+    elif isinstance(value, list):
+        for position, item in enumerate(value):
+            yield from mappings(item, (*keys, position))
+
+
 def dotted(keys: Keys) -> str:
     return ".".join(str(key) for key in keys)

@@ -13,8 +13,10 @@ from typing import Any
 
 from runner.build import WORDS
 from runner.errors import Mark, Problem
+from runner.recipe.canonical import settle
+from runner.recipe.init_from import problem_of_path, shape_problems
 from runner.recipe.schema import Config, Data, Key, Specs, elsewhere, keys_of, variant, variants
-from runner.recipe.tree import EXCLUSIVE, Keys, dotted
+from runner.recipe.tree import EXCLUSIVE, Keys, dotted, mappings
 
 _LARGEST = 2**63 - 1
 _ENOUGH = 100  # problems; more get no advice, which takes time
@@ -50,9 +52,12 @@ def validate(
     checker.section(config, Config, ())
     checker.targets()
     checker.exclusive()
+    checker.rollback()
+    checker.weights()
     if not partial:
         checker.required()
-    checker.batch(world)
+    if config.get("determinism") != "canonical" or checker.canonical(world):
+        checker.batch(world)
     return checker.problems
 
 
@@ -193,7 +198,7 @@ class _Checker:
         elif isinstance(value, dict) and dict[str, Any] in key.kinds:
             pass  # options of somebody else's, checked where they are used
         elif not matches(value, key):
-            self.add(keys, f"must be {describe(key)}", advice(value, key, keys), value)
+            self.add(keys, f"must be {describe(key)}", advice(value, key, keys) or self._default(key), value)
         elif keys == ("name",) and not re.fullmatch(r"[\w][\w .+=-]{0,99}", value):
             self.add(keys, "must be letters, digits and . _ - only: it becomes part of a folder's name", "", value)
         elif key.kinds[0] is str and isinstance(value, str) and (not value.strip() or "\0" in value):
@@ -265,7 +270,7 @@ class _Checker:
 
     def targets(self) -> None:
         """Every `_target_` at any depth: a dotted name in a package that is there."""
-        for keys, mapping in _mappings(self.config, ()):
+        for keys, mapping in mappings(self.config):
             if "_target_" in mapping:
                 self.target(mapping, keys)
 
@@ -283,7 +288,8 @@ class _Checker:
         first = name.partition(".")[0]
         if first == "plugins" or first in sys.modules or first in sys.builtin_module_names:
             return
-        if (self.directory / first).is_dir() or (self.directory / f"{first}.py").is_file() or _is_installed(first):
+        own = (self.directory / first, self.directory / f"{first}.py")
+        if len(first) < 200 and (own[0].is_dir() or own[1].is_file() or _is_installed(first)):
             return
         close = difflib.get_close_matches(first, ("torch", "runner", "plugins", "transformers"), n=1, cutoff=0.7)
         if close and close[0] != first:
@@ -350,11 +356,42 @@ class _Checker:
                 examples = {"train": "train.epochs=3"}.get(dotted(section), f"{dotted(section)}={{steps: 100}}")
                 self.add(section, f"exactly one of {listed} must be given", f"for example {examples}")
 
+    def rollback(self) -> None:
+        if self.config.get("nan") == "rollback" and self.config.get("checkpoint", {}) is None:
+            fix = "checkpoint=default, or nan=skip or nan=stop"
+            mark = self.last("nan", "checkpoint")
+            why = "goes back to a checkpoint, and with checkpoint=none there is none"
+            self.add("nan", why, fix, "rollback", mark=mark)
+
     def _place(self, key: str) -> str:
         mark = self.origins.get(key)
         if mark is None:
             return "default"
         return "command line" if mark.line is None else f"line {mark.line}"
+
+    def canonical(self, world: int) -> bool:
+        """Whether determinism=canonical can be had; what it decides is filled in."""
+        found = list(settle(self.config, world))
+        for name, *told in found:
+            self.add(name, *told)
+        return not found
+
+    def weights(self) -> None:
+        """`init_from`: its own keys, and that a path is there, unless the run goes on and does not look at it."""
+        value = self.config.get("init_from")
+        if value is None or not isinstance(value, (str, dict)) or any(p.key == "init_from" for p in self.problems):
+            return
+        problems = list(shape_problems(value))
+        if not problems and not self._goes_on():
+            problems = [problem] if (problem := problem_of_path(value, self.directory)) is not None else []
+        self.problems += [p for p in problems if p.key not in self.skip]
+
+    def _goes_on(self) -> bool:
+        resume, run_dir = self.config.get("resume"), self.config.get("run_dir")
+        if resume not in ("auto", "never"):
+            return True
+        there = self.directory / run_dir / "checkpoints" if isinstance(run_dir, str) else None
+        return resume == "auto" and there is not None and any(there.glob("step_*"))
 
     def batch(self, world: int) -> None:
         """global_size = micro_size x accumulation.steps x processes; what is not given is derived."""
@@ -427,16 +464,6 @@ def _divisors_near(number: int, wanted: int) -> list[int]:
     if not above:
         below = divisors[-2:]
     return [*below, *above]
-
-
-def _mappings(value: Any, keys: Keys) -> Iterator[tuple[Keys, Mapping[str, Any]]]:
-    if isinstance(value, dict):
-        yield keys, value
-        for key, item in value.items():
-            yield from _mappings(item, (*keys, key))
-    elif isinstance(value, list):
-        for position, item in enumerate(value):
-            yield from _mappings(item, (*keys, position))
 
 
 def _is_installed(name: str) -> bool:
@@ -519,7 +546,9 @@ def advice(value: Any, key: Key, keys: Keys) -> str:
     if isinstance(value, float) and int in key.kinds and math.isfinite(value):
         if value.is_integer() and abs(value) < 2**53:
             return f"write it without a point or exponent: {int(value)}"
-        return f"for example {round(value)}" if abs(value) < 2**53 and within(round(value), key.limits) else ""
+        if abs(value) >= 2**53:
+            return f"at most {_limit(_LARGEST)}, written without a point or exponent"
+        return f"for example {round(value)}" if within(round(value), key.limits) else ""
     if isinstance(value, str) and (int in key.kinds or float in key.kinds):
         number = re.fullmatch(r"\s*[-+]?[\d_]+(\.\d*)?([eE][-+]?\d+)?\s*", value)
         return f"write the number without quotes: {value.strip().lstrip('0') or 0}" if number else ""
@@ -527,4 +556,8 @@ def advice(value: Any, key: Key, keys: Keys) -> str:
         return "write true or false, without quotes"
     if value == 0 and type(None) in key.kinds:
         return "null for none"
+    finite = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    if finite and key.limits and "above" not in key.limits and not within(value, key.limits):
+        least, most = key.limits.get("least", 0), key.limits.get("most", _LARGEST)
+        return f"for example {least if value < least else most}"
     return ""

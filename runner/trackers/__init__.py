@@ -11,10 +11,17 @@ _log = logging.getLogger("runner")
 
 
 class Tracker(Protocol):
-    """What a tracker is: any class with these three methods."""
+    """What a tracker is: any class with these three methods.
+
+    `flush()` is called, where there is one, before a checkpoint is saved: what was recorded so far is to survive a
+    crash. `state_dict()` and `load_state_dict(state)` (JSON values) put something into checkpoints, such as the name
+    under which a service knows the run; it is loaded before `start`. After a rollback `rewind(step)` is called with
+    the step that the run went back to; a tracker without it is closed, and started anew with that step. An evaluation
+    record of the very step that it starts from may come although it came before: one that was owed is made again.
+    """
 
     def start(self, folder: Path, step: int, config: Mapping[str, Any]) -> None:
-        """Called once. `step` finished steps are resumed from: what was recorded after them is to go."""
+        """Before the first record. `step` finished steps are resumed from: what was recorded after them is to go."""
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Takes a training or evaluation record (keys `split` and `step`, numbers otherwise)."""
@@ -41,10 +48,31 @@ class Trackers:
         for name, tracker in list(self._trackers.items()):
             self._try(name, lambda tracker=tracker: tracker.log(record), "failed")
 
+    def flush(self) -> None:
+        for name, tracker in list(self._trackers.items()):
+            flush = getattr(tracker, "flush", None)
+            if flush is not None:
+                self._try(name, flush, "failed")
+
+    def restart(self, folder: Path, step: int, config: Mapping[str, Any]) -> None:
+        """Goes back: what was recorded after `step` finished steps is to go."""
+        for name, tracker in list(self._trackers.items()):
+            rewind = getattr(tracker, "rewind", None)
+            if rewind is not None:
+                self._try(name, lambda rewind=rewind: rewind(step), "failed")
+                continue
+            self._try(name, tracker.close, "failed to close")
+            self.start_one(name, folder, step, config)
+
     def close(self) -> None:
         for name, tracker in list(self._trackers.items()):
             self._try(name, tracker.close, "failed to close")
         self._trackers.clear()
+
+    @property
+    def stateful(self) -> dict[str, Any]:
+        """Those that have something to be saved."""
+        return {name: tracker for name, tracker in self._trackers.items() if hasattr(tracker, "state_dict")}
 
     def _try(self, name: str, call: Any, what: str) -> None:
         try:

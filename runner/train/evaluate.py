@@ -14,6 +14,8 @@ from torch import Tensor
 from runner import distributed
 from runner.data.loader import to_device
 from runner.errors import wrong
+from runner.heartbeat import EVALUATION
+from runner.signals import Interrupted
 from runner.train.run import Run
 
 
@@ -25,8 +27,9 @@ def evaluate(run: Run, steps: int | None = None) -> dict[str, Any] | None:
     assert run.eval_data is not None
     model, order = run.engine.model, run.eval_data.order
     was_training = model.training
-    sums, meters = Sums(), Meters(run)
+    sums, meters = ExactSums() if run.engine.shards else Sums(), Meters(run)
     done = 0
+    beat, step = run.heartbeat.beat, run.progress.step
     with ExitStack() as stack:
         for context in run.evaluation_contexts:
             stack.enter_context(context())
@@ -34,6 +37,7 @@ def evaluate(run: Run, steps: int | None = None) -> dict[str, Any] | None:
         model.eval()
         try:
             for batches, real in run.eval_data.steps(0, steps or order.steps_per_epoch):
+                beat(EVALUATION, step)
                 if _ending(run):
                     return None
                 shown = [_one(run, batch, sums, meters) for batch in batches[:real]]
@@ -42,6 +46,10 @@ def evaluate(run: Run, steps: int | None = None) -> dict[str, Any] | None:
                     run.engine.forward(run.task.inputs(batch))
                 meters.update(shown)
                 done += 1
+        except Interrupted:
+            # While data were waited for; the other processes hear of it where they look as well.
+            _ending(run)
+            return None
         finally:
             model.train(was_training)
     return {"samples": order.samples(done), **sums.means(), **meters.results()}
@@ -97,6 +105,32 @@ class Sums:
         return dict(zip(names, distributed.total(here).tolist(), strict=True)) if names else {}
 
 
+class ExactSums(Sums):
+    """Sums that are rounded once, at the end: whose numbers they are, and in which order, makes no difference."""
+
+    def add(self, name: str, total: Any, count: Any) -> None:
+        totals, counts = self._sums.setdefault(name, [[], []])
+        totals.append(total)
+        counts.append(count)
+
+    def means(self) -> dict[str, float]:
+        here = {name: [list(map(_number, column)) for column in columns] for name, columns in self._sums.items()}
+        everywhere = distributed.gather(here)
+        found: dict[str, float] = {}
+        for name in dict.fromkeys(name for numbers in everywhere for name in numbers):
+            total, count = (
+                _exact([value for numbers in everywhere if name in numbers for value in numbers[name][column]])
+                for column in (0, 1)
+            )
+            found[name] = total / count if count else math.nan
+        return found
+
+
+def _exact(values: list[float]) -> float:
+    """The sum, rounded once."""
+    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
+
+
 class Meters:
     """The task's meters over an evaluation by any number of processes.
 
@@ -108,6 +142,7 @@ class Meters:
         self._task = run.task
         self._device = run.engine.device
         self._alone = run.engine.mesh.data_size == 1
+        self._canonical = bool(run.engine.shards)
         #: Those that take what this process predicts, and those that take what all do.
         self._own: list[Any] = []
         self._of_all: list[Any] = []
@@ -115,7 +150,8 @@ class Meters:
             meter.reset()
             if _of_torchmetrics(meter):
                 meter.to(self._device)
-            alone = self._alone or hasattr(meter, "synchronise") or _of_torchmetrics(meter)
+            # Sums of several processes' sums are rounded otherwise than one process's: canonical ones see all.
+            alone = self._alone or _of_torchmetrics(meter) or (not self._canonical and hasattr(meter, "synchronise"))
             (self._own if alone else self._of_all).append(meter)
         self._kinds = {_needs_scores(meter) for meter in (*self._own, *self._of_all)}
 
@@ -143,7 +179,7 @@ class Meters:
         """What the meters compute; one that computes a mapping gives a value for each of its keys."""
         found: dict[str, float] = {}
         for name, meter in self._task.meters.items():
-            if not self._alone and hasattr(meter, "synchronise"):
+            if not self._alone and not self._canonical and hasattr(meter, "synchronise"):
                 meter.synchronise(self._total)
             value = meter.compute()
             values = (

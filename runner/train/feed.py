@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from runner.heartbeat import DATA, TRAIN
+from runner.signals import Interrupted
 from runner.train.run import Run
 
 
@@ -19,51 +21,72 @@ class Feed:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._step = run.progress.step
-        self._steps = run.train_data.steps(self._step, run.plan.steps)
-        #: Whether the data set may draw from torch's generator when a step is fetched.
-        self._draws = run.train_data.draws
+        self._steps: Any = run.train_data.steps(self._step, run.plan.steps)
         self._early = run.engine.mesh.data_size > 1
         self._next: Any = None
+        #: Whether `_next` is there: not in the first step, nor after one that was made without an exchange.
+        self._ahead = False
         self._error: BaseException | None = None
+        self._beat = run.heartbeat.beat
         #: The weight of the present step over all processes: a number, or a 0-d tensor on the device.
         self.weight: Any = None
 
     def __iter__(self) -> Iterator[Any]:
-        first = True
         while True:
-            batches = self._next if self._early and not first else self._fetch()
+            ahead, self._ahead = self._ahead, False
+            batches = self._next if ahead else self._first()
             if self._error is not None:
                 raise self._error
             if batches is None:
                 return
             if not self._early:
                 self.weight = self._weigh(batches)
-            elif first:
+            elif not ahead:
                 self.weight = self._run.engine.total(self._weigh(batches))
-            first = False
             yield batches
+
+    def close(self) -> None:
+        """Ends the reading, and the data workers."""
+        self._next = None
+        self._steps.close()
 
     def ahead(self) -> Any:
         """This process's weight of the step to come, 0 where none is or nobody needs to know."""
         if not self._early:
             return 0
+        self._ahead = True
         try:
             self._next = self._fetch()
             return 0 if self._next is None else self._weigh(self._next)
+        except Interrupted:
+            self._next = None  # all agree in this step's exchange that it is the last one
+            return 0
         except Exception as error:
             # Told when the step's turn comes: the present one is to be finished.
             self._error = error
             return 0
 
+    def _first(self) -> Any:
+        """A step's batches when its turn comes; None where a signal ended the wait, and no other process waits."""
+        try:
+            return self._fetch()
+        except Interrupted:
+            if self._early:
+                raise
+            return None
+
     def _fetch(self) -> Any:
-        if self._draws:
-            # From numbers of its own, whenever it is asked.
-            self._run.engine.seed(self._run.settings.seed, self._step, "data")
+        self._beat(DATA, self._step + 1)
         self._step += 1
-        return next(self._steps, None)
+        batches = next(self._steps, None)
+        self._beat(TRAIN, self._step)
+        return batches
 
     def _weigh(self, step: Any) -> Any:
         weight = self._run.task.weight
+        engine: Any = self._run.engine
+        if engine.shards:
+            return engine.tally({place: weight(batch) for place, batch in enumerate(step.batches[: step.real])})
         if step.real == 1:
             return weight(step.batches[0])
         return sum(weight(batch) for batch in step.batches[: step.real])

@@ -19,6 +19,7 @@ from runner.checkpoint import RandomState
 from runner.data.loader import to_device
 from runner.data.main import NotRead
 from runner.errors import wrong
+from runner.signals import Interrupted
 from runner.train.run import Run
 from runner.train.step import check_loss
 
@@ -56,6 +57,8 @@ def fit_micro_size(run: Run) -> Fit:
     too_big: list[int] = []
     room: int | None = share
     while room is not None:
+        if run.signal is not None:
+            raise Interrupted(run.signal)
         if _fits(run, room):
             fit = Fit(room, share // room, tuple(too_big))
             run.train_data.micro_size = room
@@ -128,7 +131,6 @@ def _trial(run: Run, size: int) -> Generator[None, None, None]:
     Agreed on is before whatever may communicate: the reading of a first process, the buffers in a forward pass.
     """
     engine, task, data, step = run.engine, run.task, run.train_data, run.progress.step
-    engine.seed(run.settings.seed, step, "data")
     order = copy(data.order)
     if hasattr(order, "count") and order.count(step) < order.global_size:
         step += 1  # the short last step of an epoch says little
@@ -209,6 +211,7 @@ class _Always:
     """An order of samples whose every step is the same."""
 
     seed = 0
+    steps_per_epoch = 1
 
     def __init__(self, samples: Tensor) -> None:
         self._samples = samples

@@ -32,14 +32,14 @@ class Hook:
         on_run_end, or on_exception where the run fails
 
     A hook with state has `state_dict()` and `load_state_dict(state)` (tensors and JSON values); it is then saved in
-    checkpoints under its name in the configuration.
+    checkpoints under its name in the configuration. A rollback (nan=rollback) loads it in the middle of a run.
     """
 
     def on_run_start(self, run: Run) -> None:
         """Everything is built and resumed; no step has been made."""
 
     def on_epoch_start(self, run: Run, epoch: int) -> None:
-        """Before the first step of an epoch (from 0), or of the rest of one after a resume."""
+        """Before the first step of an epoch (from 0), or of the rest of one after a resume or a rollback."""
 
     def on_step_start(self, run: Run) -> None:
         """Before the forward pass; run.progress.step steps are finished."""

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
+from runner import distributed
+from runner.heartbeat import ENDING
+from runner.signals import end_workers
+from runner.train import saving
 from runner.train.evaluate import evaluate
 from runner.train.feed import Feed
+from runner.train.not_finite import GoBack, look_at_the_start, passed_over
+from runner.train.rollback import pass_over, roll_back
 from runner.train.run import Run
 from runner.train.step import forward_backward, settle, update
 
@@ -18,39 +25,74 @@ def train(run: Run) -> None:
         for each global step:
             on_epoch_start, where it is the first of an epoch
             on_step_start
-            forward and backward of its micro-batches
+            forward and backward of its micro-batches     (not where a rollback passed over them)
             on_gradients_ready
             optimizer step, scheduler step; progress
             on_step_end
             on_epoch_end, where it is the last of an epoch
             evaluation, where a hook asked for one        -> on_eval_end
-            checkpoint, where one is due                  -> on_checkpoint_saved
+            checkpoint, where one is due                  -> on_checkpoint_saved, once it is complete
         evaluation and checkpoint, where the last step had none
         on_run_end
 
     An error is shown to the hooks (on_exception) and goes on. A signal or run.stop() ends the loop after the step.
+    With nan=rollback, what is not finite leads back to the last checkpoint, and on from there.
     """
-    events, plan, progress, settings = run.events, run.plan, run.progress, run.settings
-    seed, every = settings.seed, settings.log_every
-    run.first_step = first = saved = progress.step
-    run.last_save = time.monotonic()
     try:
         _fire(run, "on_run_start")
-        # Looked up only now: a hook may have added itself to a row at the start.
-        step_start, gradients_ready, step_end = (
-            events["on_step_start"],
-            events["on_gradients_ready"],
-            events["on_step_end"],
-        )
-        run.engine.model.train()
-        progress.start_clock()
-        if progress.owes_evaluation:
-            evaluate_now(run)
-        if run.fits:
-            from runner.train.fit import fit_micro_size
+        _begin(run)
+        while True:
+            try:
+                _steps(run)
+                _finish(run)
+                break
+            except GoBack as why:
+                _tell_saved(run, saving.landed(run, wait=True))
+                roll_back(run, why)
+        _fire(run, "on_run_end")
+    except BaseException as error:
+        _tell_saved(run, saving.leave(run, error))
+        for call in run.events["on_exception"]:
+            call(run, error)
+        raise
 
-            run.fit = fit_micro_size(run)
-        feed = Feed(run)
+
+def _begin(run: Run) -> None:
+    """What comes before the first step of a process."""
+    progress = run.progress
+    run.first_step = run.saved_at = progress.step
+    run.last_save = time.monotonic()
+    run.engine.model.train()
+    progress.start_clock()
+    look_at_the_start(run)
+    progress.passed_over |= passed_over(run)
+    if run.fits:
+        from runner.train.fit import fit_micro_size
+
+        run.fit = fit_micro_size(run)
+    if run.settings.nan == "rollback" and not _has_checkpoint(run):
+        save_now(run)
+
+
+def _has_checkpoint(run: Run) -> bool:
+    found: bool = distributed.broadcast(run.checkpointer is None or run.checkpointer.newest is not None)
+    return found
+
+
+def _steps(run: Run) -> None:
+    """The steps from where the run stands to the last one."""
+    events, plan, progress, settings = run.events, run.plan, run.progress, run.settings
+    seed, every, first = settings.seed, settings.log_every, progress.step
+    # Looked up only now: a hook may have added itself to a row at the start.
+    step_start, gradients_ready, step_end = (
+        events["on_step_start"],
+        events["on_gradients_ready"],
+        events["on_step_end"],
+    )
+    if progress.owes_evaluation:
+        evaluate_now(run)
+    feed = Feed(run)
+    try:
         for batches in feed:
             step = progress.step
             run.engine.seed(seed, step)
@@ -59,18 +101,23 @@ def train(run: Run) -> None:
             run.logging = (step + 1) % every == 0 or step + 1 == plan.steps
             for call in step_start:
                 call(run)
-            share = forward_backward(run, batches, feed.weight)
-            if gradients_ready:
-                run.engine.unscale()
-                for call in gradients_ready:
-                    call(run)
-            update(run, share, feed)
+            if step + 1 in progress.passed_over:
+                pass_over(run)
+            else:
+                share = forward_backward(run, batches, feed.weight)
+                if gradients_ready:
+                    run.engine.unscale()
+                    for call in gradients_ready:
+                        call(run)
+                update(run, share, feed)
             progress.step = step + 1
             progress.samples = run.train_data.order.samples(step + 1)
             for call in step_end:
                 call(run)
             if plan.starts_epoch(step + 1):
                 _fire(run, "on_epoch_end", plan.epoch(step))
+            if run.in_flight:
+                _tell_saved(run, saving.landed(run))
             if run.evaluation_asked:
                 evaluate_now(run)
             # The checkpoint of the last step comes after the last evaluation, and has its metrics.
@@ -78,25 +125,23 @@ def train(run: Run) -> None:
                 break
             if run.saving_asked or _save_due(run):
                 save_now(run)
-                saved = step + 1
                 if run.stop_reason or run.ending:
                     break
-        settle(run)
-        _finish(run, saved)
-    except BaseException as error:
-        for call in events["on_exception"]:
-            call(run, error)
-        raise
+    finally:
+        if run.ending is not None:
+            end_workers()
+        feed.close()
 
 
-def _finish(run: Run, saved: int) -> None:
+def _finish(run: Run) -> None:
     """The last evaluation and checkpoint, where the last step had none; a signal leaves no time to evaluate."""
-    step = run.progress.step
+    settle(run)
     if not run.evaluated and run.ending is None:
         evaluate_now(run)
-    if saved != step or run.saving_asked:
-        save_now(run)
-    _fire(run, "on_run_end")
+    if run.saved_at != run.progress.step or run.saving_asked:
+        save_now(run, last=True)
+    _tell_saved(run, saving.landed(run, wait=True))
+    run.heartbeat.beat(ENDING, run.progress.step)
 
 
 def evaluate_now(run: Run) -> None:
@@ -116,7 +161,7 @@ def evaluate_now(run: Run) -> None:
     run.progress.owes_evaluation = False
     run.paused_seconds += time.perf_counter() - started
     run.folder.state("running", step=run.progress.step)
-    run.metrics = {"split": "eval", "step": run.progress.step, **metrics}
+    run.progress.metrics = {"split": "eval", "step": run.progress.step, **metrics}
     run.trackers.log(run.metrics)
     run.schedule.evaluated(metrics)
     if run.checkpointer is not None and run.checkpointer.improves(metrics):
@@ -124,24 +169,14 @@ def evaluate_now(run: Run) -> None:
     _fire(run, "on_eval_end", metrics)
 
 
-def save_now(run: Run) -> None:
-    """Saves a checkpoint of this step and tells the hooks."""
-    run.saving_asked = False
-    settle(run)
-    if run.checkpointer is None:
-        return
-    started = time.perf_counter()
-    run.folder.state("saving", step=run.progress.step)
-    fresh = run.metrics.get("step") == run.progress.step
-    path = run.checkpointer.save(
-        run.progress.step,
-        {"config": dict(run.config), "setting": run.setting},
-        metrics={k: v for k, v in run.metrics.items() if k not in ("split", "step", "samples")} if fresh else None,
-    )
-    run.paused_seconds += time.perf_counter() - started
-    run.last_save, run.save_told = time.monotonic(), False
-    run.folder.state("running", step=run.progress.step)
-    _fire(run, "on_checkpoint_saved", path)
+def save_now(run: Run, *, last: bool = False) -> None:
+    """Saves a checkpoint of this step; the hooks are told once it is complete."""
+    _tell_saved(run, saving.save(run, last=last))
+
+
+def _tell_saved(run: Run, paths: list[Path]) -> None:
+    for path in paths:
+        _fire(run, "on_checkpoint_saved", path)
 
 
 def _save_due(run: Run) -> bool:

@@ -26,18 +26,27 @@ class Plan:
 
 @dataclass
 class Progress:
-    """Finished optimizer steps, samples seen and seconds trained; of steps, how many changed no weight and why."""
+    """Finished optimizer steps, samples passed and seconds trained; of steps, how many changed no weight and why."""
 
     step: int = 0
     samples: int = 0
     skipped: int = 0
     overflows: int = 0
+    #: How many of the last steps, up to this one, changed no weight because something was not finite.
+    in_a_row: int = 0
+    #: Steps (from 1) that are made without their samples, because these were not finite before a rollback.
+    passed_over: set[int] = field(default_factory=set)
+    #: The last evaluation's record.
+    metrics: dict[str, Any] = field(default_factory=dict)
     #: An evaluation was due at this step and a signal left no time for it.
     owes_evaluation: bool = False
     seconds_before: float = 0.0
     _started: float | None = field(default=None, repr=False)
 
-    def start_clock(self) -> None:
+    def start_clock(self, seconds_before: float | None = None) -> None:
+        """Counts from here on; what was counted before is `seconds_before`, unless it stays as it is."""
+        if seconds_before is not None:
+            self.seconds_before = seconds_before
         self._started = time.perf_counter()
 
     @property
@@ -51,6 +60,9 @@ class Progress:
             "samples": self.samples,
             "skipped": self.skipped,
             "overflows": self.overflows,
+            "in_a_row": self.in_a_row,
+            "passed_over": sorted(self.passed_over),
+            "metrics": dict(self.metrics),
             "owes_evaluation": self.owes_evaluation,
             "seconds": self.seconds,
         }
@@ -58,5 +70,7 @@ class Progress:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step, self.samples = state["step"], state["samples"]
         self.skipped, self.overflows = state["skipped"], state["overflows"]
+        self.in_a_row, self.passed_over = state["in_a_row"], set(state["passed_over"])
+        self.metrics = dict(state["metrics"])
         self.owes_evaluation = state["owes_evaluation"]
         self.seconds_before = state["seconds"]

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from runner.data.reading import AnyLoader
 from runner.engine.backend import Update
 from runner.engine.engine import Engine
 from runner.folder import RunFolder
+from runner.heartbeat import Heartbeat
 from runner.train.hook import Events
 from runner.train.progress import Plan, Progress
 from runner.train.schedules import Schedule
@@ -32,6 +34,10 @@ class Settings:
     log_every: int = 10
     grad_clip: float | None = None
     nan: str = "stop"
+    #: Whether checkpoints are written while the training goes on.
+    saves_async: bool = False
+    #: What follows where one cannot be written: `stop` or `continue`.
+    on_error: str = "stop"
 
 
 @dataclass(frozen=True)
@@ -97,9 +103,8 @@ class Run:
     gauges: dict[str, Callable[[], Any]] = field(default_factory=dict)
     #: Contexts around every evaluation (EMA puts its weights in place).
     evaluation_contexts: list[Callable[[], AbstractContextManager[Any]]] = field(default_factory=list)
-    #: The last training record and the last evaluation's record.
+    #: The last training record.
     record: Record = field(default_factory=dict)
-    metrics: Record = field(default_factory=dict)
     #: Tokens of the micro-batches since this process started, where the task counts them.
     tokens: Any = 0
     counts_tokens: bool = False
@@ -109,6 +114,8 @@ class Run:
     setting: dict[str, Any] = field(default_factory=dict)
     #: What kind of terminal there is (TERM).
     terminal: str | None = None
+    #: Where this process says what it is doing.
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     stop_reason: str | None = None
     #: The signal that asked this process for the end, or None.
@@ -119,13 +126,27 @@ class Run:
     last_save: float = field(default_factory=time.monotonic)
     #: Whether the other processes were told that one is due, and it is not made yet.
     save_told: bool = False
+    #: The step of the last checkpoint that was begun, or gone on from.
+    saved_at: int = 0
+    #: Whether a checkpoint is being written in the background, and whether its end is known to all processes.
+    in_flight: bool = False
+    save_ended: bool = False
+    #: Those that are complete as far as this process knows, and that the hooks were not told of.
+    written: list[Path] = field(default_factory=list)
     evaluation_asked: bool = False
     saving_asked: bool = False
+    #: Names of buffers that were not finite from the start.
+    never_finite: frozenset[str] = frozenset()
     #: The step (from 0) at which this process began.
     first_step: int = 0
     #: Seconds from the start of the program to the first step.
     startup_seconds: float = 0.0
     _to_log: Record = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> Record:
+        """The last evaluation's record."""
+        return self.progress.metrics
 
     @property
     def evaluated(self) -> bool:
@@ -145,15 +166,21 @@ class Run:
 
     @property
     def asked(self) -> tuple[bool, bool]:
-        """Whether this process was asked to end: (by SIGTERM or SIGUSR1, by SIGINT)."""
-        return self.signal in (signal.SIGTERM, signal.SIGUSR1), self.signal == signal.SIGINT
+        """Whether this process was asked to end: (by SIGTERM, SIGUSR1 or SIGHUP, by SIGINT)."""
+        return self.signal not in (None, signal.SIGINT), self.signal == signal.SIGINT
 
-    def agree(self, terminated: float, interrupted: float, save: float) -> None:
-        """Takes what an exchange of all processes said: who was asked to end, and whether to save."""
+    def agree(
+        self, terminated: float, interrupted: float, save: float = 0, failed: float = 0, written: float = 0
+    ) -> None:
+        """Takes what an exchange of all processes said: how many were asked to end, want to save, could not write
+        the checkpoint in flight, have written it.
+        """
         if terminated or interrupted:
             self.agreed_signal = signal.SIGINT if interrupted else signal.SIGTERM
         if save:
             self.save_soon()
+        if self.in_flight and (failed or written == self.engine.mesh.data_size):
+            self.save_ended = True
 
     # Loss, metrics and progress are the same on all processes, so what follows from them alone is asked for by all of
     # them at the same step. What only one process knows must not reach these three.

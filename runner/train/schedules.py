@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -63,6 +64,9 @@ class Schedule:
         self.step: Callable[[], Any] = _nothing if scheduler is None or by_metric else scheduler.step
         self._configured = {} if scheduler is None else _plain(scheduler.state_dict())
         self._plateau = scheduler if isinstance(scheduler, ReduceLROnPlateau) else None
+        self._first = [] if scheduler is None else [group["lr"] for group in scheduler.optimizer.param_groups]
+        #: Whether the checkpoint that was loaded knew nothing of such a schedule.
+        self._new = False
 
     def evaluated(self, metrics: Mapping[str, float]) -> None:
         """Tells a metric scheduler of an evaluation. Raises InputError where its metric is not there."""
@@ -78,13 +82,18 @@ class Schedule:
         return (
             {}
             if self._scheduler is None
-            else {"now": _plain(self._scheduler.state_dict()), "configured": self._configured}
+            else {"now": _plain(self._scheduler.state_dict()), "configured": self._configured, "kind": self._kind}
         )
+
+    @property
+    def _kind(self) -> str:
+        return type(self._scheduler).__name__
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes what was saved, but for what the configuration now sets otherwise."""
         scheduler = self._scheduler
-        if scheduler is None or not state:
+        self._new = scheduler is not None and (not state or state.get("kind", self._kind) != self._kind)
+        if scheduler is None or self._new:
             return
         live = scheduler.state_dict()
         scheduler.load_state_dict(_merged(live, self._configured, state["configured"], state["now"]))
@@ -94,6 +103,25 @@ class Schedule:
                 scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
             ):
                 group["lr"] = base * factor(scheduler.last_epoch)
+
+    def catch_up(self, steps: int) -> None:
+        """After loading: a schedule of another kind than the saved one stands where so many steps would have led it."""
+        scheduler = self._scheduler
+        if scheduler is None or not self._new:
+            return
+        self._new = False
+        for group, rate in zip(scheduler.optimizer.param_groups, self._first, strict=True):
+            group["lr"] = rate
+        if self._plateau is not None:
+            return
+        with warnings.catch_warnings():
+            # That it moves before the optimizer does.
+            warnings.simplefilter("ignore", UserWarning)
+            if isinstance(scheduler, LambdaLR):
+                scheduler.last_epoch = max(0, steps - 1)
+                steps = min(steps, 1)
+            for _ in range(steps):
+                scheduler.step()
 
 
 _INSIDE = "_schedulers"  # of SequentialLR and ChainedScheduler

@@ -1,4 +1,4 @@
-"""One optimizer step: forward and backward, exact for any split into micro-batches; the update; what if not finite."""
+"""One optimizer step: forward and backward, exact for any split into micro-batches; and the update."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runner.engine.backend import Update
-from runner.errors import TrainingStopped, wrong
+from runner.errors import wrong
 from runner.train.feed import Feed
+from runner.train.not_finite import follow
 from runner.train.run import Run
 
 
@@ -20,6 +20,8 @@ def forward_backward(run: Run, step: Any, weight: Any) -> Tensor:
     by it, so any split gives the gradient of the whole. Micro-batches that only fill the step up count nothing.
     """
     engine, task = run.engine, run.task
+    if engine.shards:
+        return _by_shards(run, engine, step, weight)
     factor = engine.factor(weight)
     last = len(step.batches) - 1
     total: Tensor | None = None
@@ -37,13 +39,32 @@ def forward_backward(run: Run, step: Any, weight: Any) -> Tensor:
     return torch.zeros((), device=engine.device) if total is None else total
 
 
+def _by_shards(run: Run, engine: Any, step: Any, weight: Any) -> Tensor:
+    """The same with determinism=canonical: the gradients are the whole step's, the shares stand at their shards."""
+    task, seed, number = run.task, run.settings.seed, run.progress.step
+    factor = engine.factor(weight)
+    shares: dict[int, Tensor] = {}
+    for place in engine.walk(step.real):
+        batch = step.batches[place]
+        if run.counts_tokens:
+            run.tokens += task.tokens(batch) or 0
+        engine.seed_shard(seed, number, place)
+        loss = task.loss(engine.forward(task.inputs(batch)), batch)
+        if run.loss is None:
+            check_loss(loss, task)
+        shares[place] = engine.backward(loss, factor)
+    engine.seed_update(seed, number)
+    return engine.tally(shares)
+
+
 def update(run: Run, share: Tensor, feed: Feed) -> None:
     """Steps the optimizer; `settle` says what became of it. Sets the run's loss, grad_norm and lr of this step."""
     settle(run)
     settings, engine = run.settings, run.engine
     alone = engine.mesh.data_size == 1
-    flags = () if alone else (*run.asked, _save_due(run))
-    known = engine.exchange(share, feed.ahead(), flags, guard=settings.nan != "ignore")
+    ahead = feed.ahead()  # before the flags: a signal may end the wait for the data
+    flags = () if alone else (*run.asked, _save_due(run), *_written(run))
+    known = engine.exchange(share, ahead, flags, guard=settings.nan != "ignore")
     if not alone:
         feed.weight = known.weight
         run.agree(*known.flags)
@@ -62,34 +83,31 @@ def _save_due(run: Run) -> bool:
     return due
 
 
+def _written(run: Run) -> tuple[bool, bool]:
+    """Whether this process (could not write, has written) the checkpoint that is in flight."""
+    if not run.in_flight or run.checkpointer is None:
+        return False, False
+    run.written += run.checkpointer.poll()
+    return run.checkpointer.failed, bool(run.written)
+
+
 def settle(run: Run) -> None:
     """Moves the schedule after the last update, or follows the policy where that was not finite.
 
     At once where the host knows; else at the next update, log, evaluation or save, so that nobody waits for a device.
-    Raises TrainingStopped under the policy `stop`.
+    Raises as `follow` does.
     """
     result, run.unsettled = run.unsettled, None
     if result is None:
         return
     if not bool(result.skipped):
         run.schedule.step()
+        run.progress.in_a_row = 0
         return
-    if not result.overflow and run.settings.nan == "stop":
-        raise _stopped(run, result)
+    if not result.overflow:
+        follow(run, result)
     run.progress.skipped += 1
     run.progress.overflows += result.overflow
-
-
-def _stopped(run: Run, result: Update) -> TrainingStopped:
-    """The error for a step that was not finite: its number, loss and gradient norm, and the last good checkpoint."""
-    assert run.loss is not None
-    norm = "unknown" if result.grad_norm is None else result.grad_norm.item()
-    saved = run.checkpointer.latest() if run.checkpointer else None
-    good = f"the last good checkpoint is {saved}" if saved else "no checkpoint was saved before"
-    return TrainingStopped(
-        f"step {run.unsettled_step}: not finite (loss {run.loss.item()}, gradient norm {norm}); the step changed no "
-        f"weight, and {good}. Lower optimizer.lr, set grad_clip, or leave such steps out with nan=skip."
-    )
 
 
 def check_loss(loss: Any, task: Any) -> None:

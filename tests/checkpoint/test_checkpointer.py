@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from runner.checkpoint import Checkpointer
+from runner.checkpoint import Checkpointer, SaveFailed
 from runner.engine.model_state import ModelState, OptimizerState
 from runner.errors import InputError, RunnerError
 
@@ -95,9 +95,13 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space left") as caught:
+    with pytest.raises(SaveFailed, match="step_00000002 could not be saved: No space left") as caught:
         saver.save(2)
     assert caught.value.errno == errno.ENOSPC
+    assert caught.value.path == tmp_path / "step_00000002"
+    assert caught.value.needed is not None
+    assert caught.value.free is not None
+    assert f"it takes {caught.value.needed:,} bytes, {caught.value.free:,} are free" in str(caught.value)
     assert saver.latest() == first
     assert names(tmp_path) == ["step_00000001"]
 
@@ -213,14 +217,14 @@ def test_damage_is_refused_in_words(tmp_path: Path) -> None:
     path = Checkpointer(tmp_path, {"box": Box({"w": torch.ones(4)})}).save(1)
     box = Box()
     loader = Checkpointer(tmp_path, {"box": box})
-    data = (path / "state.json").read_bytes()
-    for harmed in (b"[" * len(data), data.replace(b"box/w", b"box/v"), data.replace(b'"extra"', b'"extrb"')):
-        (path / "state.json").write_bytes(harmed)
-        assert "state.json" in refusal(lambda: loader.load(path))
-    (path / "rank_0.safetensors").write_bytes(bytes((path / "rank_0.safetensors").stat().st_size))
-    (path / "state.json").write_bytes(data)
-    assert "rank_0.safetensors" in refusal(lambda: loader.load(path))
+    for name in ("state.json", "rank_0.safetensors"):
+        data = (path / name).read_bytes()
+        for harmed in (bytes(len(data)), data[:-1] + bytes([data[-1] ^ 1])):
+            (path / name).write_bytes(harmed)
+            assert name in refusal(lambda: loader.load(path))
+        (path / name).write_bytes(data)
     assert box.loads == 0
+    loader.load(path)
 
 
 # Retention ------------------------------------------------------------------------------------------------------------

@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from processes import run_ranks
 from torch import Tensor
 
 from runner import distributed
 from runner.checkpoint import Checkpointer, latest
-from runner.errors import RunnerError
 
 
 class Holder:
@@ -92,9 +90,59 @@ def test_one_process_loads_what_two_have_saved(tmp_path: Path) -> None:
     assert torch.equal(back.state["w"], torch.full((3, 2), 1.5))
 
 
-def test_a_rank_that_hears_of_a_failure_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "rank", lambda: 1)
-    answers = iter([None, False])
-    monkeypatch.setattr(distributed, "broadcast", lambda value, source=0: next(answers))
-    with pytest.raises(RunnerError, match="first process could not save"):
-        Checkpointer(tmp_path, {"holder": Holder(1.0)}).save(1)
+class Parts:
+    """Rows over all processes, rows over two that another two repeat, and what all have alike."""
+
+    def __init__(self, factor: float) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+        full = torch.arange(70.0).view(14, 5) * factor
+        line, grid = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
+        self.state: dict[str, Any] = {
+            "rows": distribute_tensor(full, line, [Shard(0)]),
+            "repeated": distribute_tensor(full, grid, [Replicate(), Shard(1)]),
+            "same": distribute_tensor(full, line, [Replicate()]),
+            "plain": full.clone(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+    def template(self, saved: Any) -> dict[str, Any]:
+        return self.state
+
+
+def beside(folder: Path) -> tuple[list[str], list[str]]:
+    saver = Checkpointer(folder, {"parts": (parts := Parts(1.0))})
+    told = []
+    for step in (1, 2):
+        assert saver.save(step, wait=False) is None
+        for tensor in parts.state.values():
+            (tensor.to_local() if hasattr(tensor, "to_local") else tensor).mul_(2)
+        # The training talks meanwhile in its own group.
+        assert sum(distributed.gather(distributed.rank())) == 6
+        told += [path.name for path in saver.finish()]
+    staged = sorted(index.fqn for index in saver._staging._buffers)
+    Checkpointer(folder, {"parts": (back := Parts(0.0))}).load(folder / "step_00000002")
+    full = torch.arange(70.0).view(14, 5) * 2
+    for name, tensor in back.state.items():
+        assert torch.equal(tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor, full), name
+    return told, staged
+
+
+def test_four_processes_save_beside_the_training_each_its_own_part(tmp_path: Path) -> None:
+    found = run_ranks(beside, 4, tmp_path)
+    assert [told for told, _ in found] == [["step_00000001", "step_00000002"]] * 4
+    assert [[name.removeprefix("parts/") for name in staged] for _, staged in found] == [
+        ["plain", "repeated", "rows", "same"],
+        ["repeated", "rows"],
+        ["rows"],
+        ["rows"],
+    ]
+    alone = Holder(0.0)
+    Checkpointer(tmp_path, {"parts": alone}).load(tmp_path / "step_00000001")
+    assert all(torch.equal(tensor, torch.arange(70.0).view(14, 5)) for tensor in alone.state.values())

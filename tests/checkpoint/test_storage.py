@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from runner.checkpoint.manifest import Damaged, Manifest
-from runner.checkpoint.storage import read_tensors, write_checkpoint
+from runner.checkpoint.manifest import Damaged, Manifest, sealed
+from runner.checkpoint.peers import Peers
+from runner.checkpoint.storage import own_part, read_tensors, write_checkpoint
+from runner.checkpoint.verify import check_structure
 from runner.errors import InputError, RunnerError
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -24,14 +27,15 @@ _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.
 
 
 def write(folder: Path, tensors: dict[str, Tensor]) -> Manifest:
-    folder.mkdir()
-    write_checkpoint(folder, tensors, Manifest(7, {"loss": float("nan")}), {"state.json": {"a": 1}})
+    draft = Manifest(7, {"loss": float("nan")})
+    write_checkpoint(folder.parent, own_part(tensors), draft, {"state.json": {"a": 1}}, Peers()).rename(folder)
     return Manifest.read(folder)
 
 
 def read(folder: Path) -> dict[str, Tensor]:
     manifest = Manifest.read(folder)
     targets = {name: torch.empty(e.shape, dtype=getattr(torch, e.dtype)) for name, e in manifest.tensors.items()}
+    check_structure(folder, manifest, manifest.files)
     read_tensors(folder, manifest, targets)
     return targets
 
@@ -88,8 +92,10 @@ def test_the_manifest_says_what_is_where(tmp_path: Path) -> None:
     folder = tmp_path / "c"
     write(folder, {"model/w": torch.ones(2, 3), "model/b": torch.tensor(1)})
     text = json.loads((folder / "manifest.json").read_text())
-    assert (text["format"], text["step"]) == (1, 7)
-    assert text["files"] == {name: {"size": (folder / name).stat().st_size} for name in text["files"]}
+    assert (text["format"], text["step"], text["world"]) == (2, 7, 1)
+    for name, said in text["files"].items():
+        data = (folder / name).read_bytes()
+        assert said == {"size": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
     assert (
         text["files"].keys()
         == {"rank_0.safetensors", "state.json"}
@@ -146,14 +152,15 @@ def test_missing_and_cut_files_are_noticed(tmp_path: Path, name: str, harm: str)
 
 
 def change(folder: Path, **values: object) -> None:
-    document = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(document | values))
+    document = json.loads((folder / "manifest.json").read_text()) | values
+    del document["hash"]
+    (folder / "manifest.json").write_bytes(sealed(json.dumps(document).encode()[:-1] + b",\n"))
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/b", "..", "", "a\\b"])
 def test_a_manifest_cannot_point_outside(tmp_path: Path, name: str) -> None:
     write(tmp_path / "c", {"w": torch.ones(3)})
-    change(tmp_path / "c", files={name: {"size": 1}}, tensors={})
+    change(tmp_path / "c", files={name: {"size": 1, "xxh3_128": "0" * 32}}, tensors={})
     with pytest.raises(Damaged, match="is not the name of a file"):
         Manifest.read(tmp_path / "c")
 
@@ -182,16 +189,16 @@ def test_a_file_that_holds_something_else(tmp_path: Path, shape: list[int]) -> N
     write(tmp_path / "c", {"w": torch.ones(4)})
     chunk = {"file": "rank_0.safetensors", "key": "w", "offsets": [0] * len(shape), "sizes": shape}
     change(tmp_path / "c", tensors={"w": {"dtype": "float32", "shape": shape, "chunks": [chunk]}})
-    with pytest.raises(Damaged, match="w is not what the manifest says"):
+    with pytest.raises(Damaged, match="the manifest"):
         read(tmp_path / "c")
 
 
 def test_a_newer_format_is_refused_in_words(tmp_path: Path) -> None:
     write(tmp_path / "c", {"w": torch.ones(4)})
-    change(tmp_path / "c", format=2)
+    change(tmp_path / "c", format=3)
     with pytest.raises(InputError) as caught:
         Manifest.read(tmp_path / "c")
-    assert "format 2" in caught.value.problems[0].why
+    assert "format 3" in caught.value.problems[0].why
     assert "newer" in caught.value.problems[0].fix
 
 
@@ -241,7 +248,8 @@ from pathlib import Path
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from runner.checkpoint.manifest import Manifest
-from runner.checkpoint.storage import read_tensors, write_checkpoint
+from runner.checkpoint.peers import Peers
+from runner.checkpoint.storage import own_part, read_tensors, write_checkpoint
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -254,8 +262,7 @@ tensors = {
     "replicated": distribute_tensor(full, mesh, [Replicate()]),
     "plain": full,
 }
-checkpoint = folder / "checkpoint"
-write_checkpoint(checkpoint, tensors, Manifest(1), {"state.json": {}})
+checkpoint = write_checkpoint(folder, own_part(tensors), Manifest(1), {"state.json": {}}, Peers(own=True))
 dist.barrier()
 targets = {name: distribute_tensor(torch.zeros_like(full), mesh, [Shard(1)]) for name in ("rows", "columns", "plain")}
 read_tensors(checkpoint, Manifest.read(checkpoint), targets)
@@ -268,7 +275,6 @@ os._exit(0)
 
 
 def test_two_processes_save_sharded_tensors_and_one_loads_them(tmp_path: Path) -> None:
-    (tmp_path / "checkpoint").mkdir()
     command = [sys.executable, "-c", _RANK]
     ranks = [
         subprocess.Popen(
@@ -283,7 +289,7 @@ def test_two_processes_save_sharded_tensors_and_one_loads_them(tmp_path: Path) -
     finally:
         for process in ranks:
             process.kill()
-    folder = tmp_path / "checkpoint"
+    folder = tmp_path / "step_00000001"
     assert {file.name for file in folder.iterdir()} == {
         "manifest.json",
         "state.json",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,13 @@ from runner.checkpoint.manifest import Manifest
 from runner.errors import InputError, RunnerError
 
 
-def make(folder: Path, step: int) -> Path:
-    with store.committed(folder, step) as staging:
-        Manifest(step).write(staging)
-    return store.path_of(folder, step)
+def make(folder: Path, step: int, **metrics: float) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = store.path_of(folder, step)
+    staging = store.begin(path)
+    Manifest(step, metrics).write(staging)
+    store.publish(staging, path)
+    return path
 
 
 def names(folder: Path) -> set[str]:
@@ -55,30 +57,35 @@ def test_none_complete_is_no_silent_fresh_start(tmp_path: Path) -> None:
     assert caught.value.exit_code == 1
 
 
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_a_failing_block_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
+@pytest.mark.parametrize("swaps", [True, False])
+def test_the_same_step_again_replaces(tmp_path: Path, swaps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not swaps:
+        monkeypatch.setattr(store, "exchange", lambda one, two: False)
     make(tmp_path, 1)
-    seen = []
-
-    def fail() -> None:
-        with store.committed(tmp_path, 2) as staging:
-            Manifest(2).write(staging)
-            seen.extend(sorted(names(tmp_path)))
-            raise error
-
-    with pytest.raises(type(error)):
-        fail()
-    assert len(seen) == 2
-    assert seen[0].startswith(".tmp-step_00000002-")
-    assert names(tmp_path) == {"step_00000001"}
-
-
-def test_the_same_step_again_replaces(tmp_path: Path) -> None:
-    make(tmp_path, 1)
-    with store.committed(tmp_path, 1) as staging:
-        Manifest(1, {"loss": 2.0}).write(staging)
+    make(tmp_path, 1, loss=2.0)
     assert names(tmp_path) == {"step_00000001"}
     assert Manifest.read(tmp_path / "step_00000001").metrics == {"loss": 2.0}
+
+
+def test_two_names_are_exchanged_at_once(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text(name)
+    assert store.exchange(tmp_path / "a", tmp_path / "b")
+    assert (names(tmp_path / "a"), names(tmp_path / "b")) == ({"b"}, {"a"})
+    assert not store.exchange(tmp_path / "a", tmp_path / "nothing")
+
+
+def test_latest_brings_back_what_was_being_replaced(tmp_path: Path) -> None:
+    make(tmp_path, 1)
+    make(tmp_path, 2).rename(tmp_path / ".old-step_00000002")
+    assert store.latest(tmp_path) == tmp_path / "step_00000002"
+
+
+def test_links_are_foreign(tmp_path: Path) -> None:
+    make(tmp_path / "elsewhere", 5)
+    (tmp_path / "step_00000005").symlink_to(tmp_path / "elsewhere" / "step_00000005")
+    assert store.candidates(tmp_path) == []
 
 
 def test_sweep_takes_leftovers_and_brings_back_what_was_being_replaced(tmp_path: Path) -> None:
@@ -129,17 +136,3 @@ def test_find_says_what_is_wrong(tmp_path: Path, kind: str) -> None:
     assert problem.value == str(path)
     assert str(path) in problem.why
     assert problem.fix
-
-
-def test_retention_of_random_listings() -> None:
-    rng = random.Random(0)
-    for _ in range(2000):
-        steps = sorted(rng.sample(range(60), rng.randrange(12)))
-        paths = [store.path_of(Path("c"), step) for step in steps]
-        protected = set(rng.sample(paths, rng.randrange(len(paths) + 1)))
-        keep = rng.randrange(2, 6)
-        gone = store.expired(paths, keep, protected)
-        left = [path for path in paths if path not in gone]
-        assert left[-keep:] == paths[-keep:]
-        assert protected <= set(left)
-        assert len(left) <= keep + len(protected)

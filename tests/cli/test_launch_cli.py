@@ -82,7 +82,10 @@ def test_two_processes_make_one_run(tmp_path: Path, ended: Any) -> None:
 def test_the_first_failing_rank_is_told_last_and_once(tmp_path: Path, ended: Any) -> None:
     code, out, err = ended(begin(tmp_path, *TWO, "hooks.bad._target_=mine.Bad"))
     assert code == 1
-    assert err.rstrip().splitlines()[-1] == f"error: smoke failed after step 3: rank 1 on {HOST}: ValueError: boom"
+    assert (
+        err.rstrip().splitlines()[-1]
+        == f"error: smoke failed after step 3: rank 1 on {HOST}: ValueError: boom (in hooks.bad)"
+    )
     assert err.count("Traceback") == 1
     assert out.count("to go on: python -m runner +recipe=smoke") == 1
 

@@ -194,10 +194,10 @@ def test_a_failing_hook_fails_the_run_and_says_how_to_go_on(
     assert cli("+recipe=smoke", "run_dir=r", "hooks.bad={_target_: mine.Bad}") == 1
     told = capsys.readouterr()
     assert "my own mistake" in told.err
-    assert told.err.splitlines()[-1] == "error: smoke failed after step 3: ValueError: my own mistake"
+    assert told.err.splitlines()[-1] == "error: smoke failed after step 3: ValueError: my own mistake (in hooks.bad)"
     assert "to go on: python -m runner +recipe=smoke run_dir=r 'hooks.bad=" in told.out
     failed = summary(tmp_path / "r")
-    assert (failed["status"], failed["error"]) == ("failed", "ValueError: my own mistake")
+    assert (failed["status"], failed["error"]) == ("failed", "ValueError: my own mistake (in hooks.bad)")
     assert "on_step_end" in (tmp_path / "r" / "logs" / "error.txt").read_text()
 
 

@@ -14,6 +14,7 @@ from contract.training import settings, trained
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
+STORED = {"milestones": None, "async": False, "on_error": "stop"}
 HOOKS = {
     "gradient_norm": {"_target_": "runner.hooks.gradient_norm.GradientNorm"},
     "curves": {"_target_": "contract.training.Curves"},
@@ -42,7 +43,7 @@ def resumed(first: str, second: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as own:
         path = Path(distributed.broadcast(own))
         folder = RunFolder(path) if rank == 0 else Bystander(path)
-        saving = {"every": {"steps": 10, "epochs": None, "seconds": None}, "keep": 4, "best": None}
+        saving = {"every": {"steps": 10, "epochs": None, "seconds": None}, "keep": 4, "best": None, **STORED}
         for backend in (first, second):
             plain = settings(backend, world, 1, hooks=HOOKS, checkpoint=saving)
             resume = None if backend == first else path / "checkpoints" / "step_00000010"
@@ -101,7 +102,7 @@ def going_on(backend: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as own:
         path = Path(distributed.broadcast(own))
         folder = RunFolder(path) if rank == 0 else Bystander(path)
-        saving = {"every": {"steps": 5, "epochs": None, "seconds": None}, "keep": 9, "best": None}
+        saving = {"every": {"steps": 5, "epochs": None, "seconds": None}, "keep": 9, "best": None, **STORED}
         for resume in (None, path / "checkpoints" / "step_00000005"):
             model = {"_target_": "contract.test_hooks.Normed"}
             plain = settings(backend, world, 1, steps=10, model=model, checkpoint=saving)

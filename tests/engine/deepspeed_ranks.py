@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from memory import Bytes, held_bytes
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from runner import distributed
+from runner import distributed, shares
 from runner.engine.checkpointing import checkpoint_activations
 from runner.engine.compiling import compile_model
 from runner.engine.deepspeed import DeepSpeed
 from runner.engine.engine import Engine
 from runner.engine.mesh import Mesh
+from runner.engine.model_state import placed_as
 from runner.engine.precision import PRECISIONS
 from runner.engine.single import Single
 
@@ -159,11 +162,11 @@ def uneven_by_hand() -> list[tuple[float, float]]:
 
 
 def weights(made: Engine) -> dict[str, Tensor]:
-    return made.state()["model"].state_dict()
+    return copied(made.state()["model"].state_dict())
 
 
 def moments(made: Engine) -> dict[str, dict[str, Tensor]]:
-    return made.state()["optimizer"].state_dict()["state"]
+    return copied(made.state()["optimizer"].state_dict()["state"])
 
 
 def flattened(nested: Any, prefix: str = "") -> dict[str, Any]:
@@ -288,12 +291,12 @@ def small_runs(stages: list[int]) -> dict[str, Any]:
 
 
 def copied(nested: Any) -> Any:
-    """A state as a checkpoint keeps it."""
+    """A state as a checkpoint keeps it: put together, in memory of its own. All processes call it."""
     if isinstance(nested, dict):
         return {key: copied(value) for key, value in nested.items()}
     if isinstance(nested, list):
         return [copied(value) for value in nested]
-    return nested.detach().cpu().clone() if isinstance(nested, Tensor) else nested
+    return shares.whole(nested).detach().cpu().clone() if isinstance(nested, Tensor) else nested
 
 
 def outlined(nested: Any) -> Any:
@@ -313,7 +316,7 @@ def fill(target: Any, source: Any) -> None:
     elif isinstance(target, Tensor):
         assert (target.shape, target.dtype) == (source.shape, source.dtype)
         with torch.no_grad():
-            target.copy_(source)
+            target.copy_(placed_as(target, source))
 
 
 def saved(made: Engine, state: Any = None) -> dict[str, Any]:
@@ -361,6 +364,84 @@ def exchanged(from_single: dict[str, Any]) -> dict[str, Any]:
             )
             found["curves"][source, stage, "loaded"] = train(made, 3, 6, first=3)
     return found
+
+
+def wide() -> nn.Sequential:
+    """24 parameters: weights of 16 KiB, and some that are smaller than there are processes."""
+    return nn.Sequential(*(nn.Linear(64, 64) for _ in range(11)), nn.Linear(64, 3, bias=False), nn.Linear(3, 1))
+
+
+def memory(stage: int) -> dict[str, Any]:
+    """Bytes of the model, of its largest parameter, held in states, and at most while they are made and loaded."""
+    # Else the library keeps such small ones whole on every process, for its own computing.
+    zero = {"stage3_param_persistence_threshold": 100} if stage == 3 else {}
+    made = engine(stage, model=lambda: nn.Sequential(nn.Linear(FEATURES, 64), *wide()), zero=zero)
+    inputs, _ = samples(4)
+    with made.accumulate(last=True):
+        made.backward(made.forward(inputs).square().sum(), made.factor(16))
+    made.step()
+    model, optimizer = made.state()["model"], made.state()["optimizer"]
+    layout = made.backend.handle._layout
+    sizes = [4 * layout.shape(p).numel() for p in made.backend.handle.parameters]
+    found: dict[str, Any] = {"model": sum(sizes), "largest": max(sizes), "processes": distributed.world_size()}
+    for name, item in (("model", model), ("optimizer", optimizer)):
+        with Bytes() as saving:
+            state = item.state_dict()
+        again = item.state_dict()
+        mine = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
+        others = {shares.own(leaf).untyped_storage()._cdata for leaf in tree_leaves(again) if isinstance(leaf, Tensor)}
+        found[f"{name} held"] = held_bytes(state)
+        found[f"{name} saving"] = saving.most
+        # What a background thread writes is not what the next call, or a step, changes.
+        found[f"{name} shared"] = sum(shares.own(leaf).untyped_storage()._cdata in others for leaf in mine)
+        outline = outlined(state)
+        with Bytes() as loading:
+            target = item.template(outline)
+        found[f"{name} target"] = held_bytes(target)
+        for leaf, value in zip(tree_leaves(target), tree_leaves(state), strict=True):
+            if isinstance(leaf, Tensor):
+                shares.own(leaf).copy_(shares.own(value))
+        with loading:
+            item.load_state_dict(target)
+        found[f"{name} loading"] = loading.most
+        found[f"{name} same"] = equal(copied(item.state_dict()), copied(state))
+    return found
+
+
+def exact(stage: int) -> dict[str, Any]:
+    """Bits that sums do not keep, in weights and moments; and a state without moments loaded over some."""
+    made = engine(stage)
+    train(made, 1, 3)
+    state = saved(made)
+    for value in (state["model"]["0.weight"], state["optimizer"]["state"]["2.bias"]["exp_avg"]):
+        value.view(-1)[:4] = torch.tensor([-0.0, float("nan"), float("-inf"), 1e-45])
+    state["optimizer"]["state"]["0.bias"]["exp_avg"].fill_(-0.0)
+    load(made, state)
+    again = saved(made)
+    pairs = [
+        (flattened(state)[key], flattened(again)[key])
+        for key, value in flattened(state).items()
+        if isinstance(value, Tensor) and value.dtype == torch.float32
+    ]
+    bits = all(torch.equal(a.view(-1).view(torch.int32), b.view(-1).view(torch.int32)) for a, b in pairs)
+    state["optimizer"]["state"].pop("4.weight")
+    load(made, state)
+    left = moments(made).get("4.weight", {})  # there, and zero, where it shares a flat tensor with others
+    stale = max((value.abs().max().item() for key, value in left.items() if key != "step"), default=0.0)
+    load(made, {**state, "optimizer": {**state["optimizer"], "state": {}}})
+    return {
+        "bits": bits,
+        "pairs": len(pairs),
+        "stale": stale,
+        "left": [key for key, held in moments(made).items() if held],
+    }
+
+
+def small_memory() -> dict[str, Any]:
+    return {
+        "memory": {stage: memory(stage) for stage in (1, 2, 3)},
+        "exact": {stage: exact(stage) for stage in (1, 2, 3)},
+    }
 
 
 # --- models of other kinds, precision, offloading ---------------------------------------------------------------------

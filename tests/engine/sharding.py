@@ -154,3 +154,8 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def whole_of(value: Tensor) -> Tensor:
+    """One tensor, put together, in memory of its own."""
+    return (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()

@@ -1,4 +1,4 @@
-"""States of DeepSpeed's stages: whole, by parameter name, in the format of the other backends."""
+"""States of DeepSpeed's stages: in parts, by parameter name, in the format of the other backends."""
 
 from __future__ import annotations
 
@@ -56,3 +56,31 @@ def test_single_goes_on_from_every_stage(runs: tuple[Any, list[dict[str, Any]]])
         curve, _ = ranks.single(3, state, first=3)
         for one, other in zip(curve, expected, strict=True):
             assert one == pytest.approx(other, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def four() -> list[dict[str, Any]]:
+    return run_ranks(ranks.small_memory, 4, timeout=120)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_no_process_ever_holds_the_model(four: list[dict[str, Any]], stage: int) -> None:
+    """Held: the model / processes. At most for a moment: that and a few times the largest parameter."""
+    for found in (rank["memory"][stage] for rank in four):
+        share = found["model"] / found["processes"]
+        assert found["model"] > 10 * found["largest"]
+        for name, copies in (("model", 1), ("optimizer", 2)):
+            assert found[f"{name} held"] <= 1.03 * copies * share
+            assert found[f"{name} target"] <= 1.03 * copies * share
+            assert found[f"{name} saving"] <= 1.03 * copies * share + 3 * found["largest"]
+            assert found[f"{name} loading"] <= 1.03 * copies * share + 3 * found["largest"]
+            assert found[f"{name} saving"] > found["largest"]  # it was looked at
+            assert found[f"{name} shared"] == 0
+            assert found[f"{name} same"]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_every_bit_is_kept_and_nothing_stale(four: list[dict[str, Any]], stage: int) -> None:
+    for found in (rank["exact"][stage] for rank in four):
+        assert found == {"bits": True, "pairs": found["pairs"], "stale": 0.0, "left": []}
+        assert found["pairs"] > 15

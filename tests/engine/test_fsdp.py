@@ -308,11 +308,12 @@ def going_on(folder: str, kind: str, save: bool) -> list[tuple[float, float]]:
 
 def write(folder: str, states: Any) -> None:
     from runner.checkpoint.manifest import Manifest
-    from runner.checkpoint.storage import write_checkpoint
+    from runner.checkpoint.peers import Peers
+    from runner.checkpoint.storage import own_part, write_checkpoint
     from runner.checkpoint.tree import split
 
     document, tensors = split({name: state.state_dict() for name, state in states.items()})
-    write_checkpoint(Path(folder), tensors, Manifest(3, {}), {"state.json": document})
+    write_checkpoint(Path(folder), own_part(tensors), Manifest(3, {}), {"state.json": document}, Peers())
 
 
 def read(folder: str, states: Any) -> None:
@@ -322,8 +323,9 @@ def read(folder: str, states: Any) -> None:
     from runner.checkpoint.storage import read_tensors
     from runner.checkpoint.tree import join, tensors_of
 
-    manifest = Manifest.read(Path(folder))
-    document = json.loads((Path(folder) / "state.json").read_text())
+    path = Path(folder) / "step_00000003"
+    manifest = Manifest.read(path)
+    document = json.loads((path / "state.json").read_text())
 
     def outline(name: str) -> torch.Tensor:
         entry = manifest.tensors[name]
@@ -331,7 +333,7 @@ def read(folder: str, states: Any) -> None:
 
     saved = join(document, outline)
     targets = tensors_of({name: state.template(saved[name]) for name, state in states.items()})
-    read_tensors(Path(folder), manifest, targets)
+    read_tensors(path, manifest, targets)
     loaded = join(document, targets.__getitem__)
     for name, state in states.items():
         state.load_state_dict(loaded[name])

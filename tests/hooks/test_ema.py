@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from engine import sharding
+from memory import Bytes
+from processes import run_ranks
 from small import Result, config, spec
 from small import run as make_run
 from torch import Tensor, nn
 
+from runner.checkpoint import Checkpointer
 from runner.errors import InputError
 from runner.hooks.ema import EMA
 from runner.hooks.evaluation import Evaluation
@@ -131,3 +135,72 @@ def test_the_averages_go_through_a_resume(job: Job) -> None:
 def test_a_decay_that_cannot_be(decay: float) -> None:
     with pytest.raises(InputError, match="is not between 0 and 1"):
         EMA(decay)
+
+
+def averaging(backend: str, replicas: int = 1) -> tuple[Any, EMA]:
+    """A model of odd shapes and the hook, before anything is loaded."""
+    made = sharding.prepared(backend, replicas=replicas)
+    hook = EMA(0.5)
+    hook.placed(made)
+    return made, hook
+
+
+def saved_by_parts(folder: Path) -> dict[str, Any]:
+    made, hook = averaging("fsdp")
+    for step in range(2):
+        sharding.step_of(made, step)
+        hook.on_step_end(None)  # type: ignore[arg-type]
+    Checkpointer(folder, {"ema": hook}).save(2)
+    averages = hook.state_dict()["averages"]
+    parts = sum(average.numel() for average in hook._averages)
+    whole = {name: sharding.whole_of(value) for name, value in averages.items()}
+    return {"parts": parts, "values": whole}
+
+
+def loaded_by_parts(folder: Path) -> list[dict[str, Tensor]]:
+    """On the same processes as parts, in two replicas, and whole."""
+    found = []
+    for backend, replicas in (("fsdp", 1), ("fsdp", 2), ("ddp", 1)):
+        _, hook = averaging(backend, replicas)
+        own = hook.state_dict()["averages"]
+        checkpointer = Checkpointer(folder / ".other", {"ema": hook})
+        target = hook.template({"averages": own})
+        assert all(value is own[name] for name, value in target["averages"].items())
+        checkpointer.load(folder / "step_00000002")
+        with Bytes() as made:
+            hook.load_state_dict(target)
+        assert made.most == 0
+        found.append({name: sharding.whole_of(value) for name, value in own.items()})
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_each_process_saves_and_loads_its_part(tmp_path: Path, world: int) -> None:
+    saved = run_ranks(saved_by_parts, 2, tmp_path)
+    values = saved[0]["values"]
+    # Beside the parts there is one number, which every process has.
+    assert sum(rank["parts"] for rank in saved) == sum(value.numel() for value in values.values()) + 1
+    for rank in run_ranks(loaded_by_parts, world, tmp_path):
+        for found in rank:
+            assert found.keys() == values.keys()
+            assert all(torch.equal(found[name], value) for name, value in values.items())
+
+
+def test_averages_of_other_weights_are_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    hook = EMA()
+    hook.placed(run.engine)
+    averages = hook.state_dict()["averages"]
+    with pytest.raises(InputError, match=r"it lacks 3\.bias"):
+        hook.template({"averages": {name: value for name, value in averages.items() if name != "3.bias"}})
+
+
+def test_averages_begin_with_the_weights_that_were_loaded(tmp_path: Path) -> None:
+    """A checkpoint without averages: what was there before it was loaded must not count."""
+    run, hook = make_run(tmp_path, save=True), EMA()
+    assert run.checkpointer is not None
+    hook.placed(run.engine)
+    with torch.no_grad():
+        run.engine.model[0].weight.fill_(7.0)
+    hook.on_run_start(run)
+    assert torch.equal(hook._averages[0], torch.full_like(hook._averages[0], 7.0))

@@ -65,6 +65,14 @@ class Parent:
             time.sleep(0.01)
         raise AssertionError(f"{name}: {sorted(path.name for path in self.folder.iterdir())}")
 
+    def children(self) -> list[int]:
+        """The processes that the parent has started."""
+        try:
+            text = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        except OSError:
+            return []
+        return [int(word) for word in text.split()]
+
     def left(self, *names: str) -> list[int]:
         """The processes that the ranks have written down (files pid_N …) and that still live."""
         found = []

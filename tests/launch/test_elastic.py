@@ -112,7 +112,7 @@ def test_both_nodes_tell_the_first_error(node: Node) -> None:
         _, err = process.communicate(timeout=100)
         assert process.returncode == 1, err
         assert err.rstrip().splitlines()[-1].startswith("error: smoke failed after step 3: rank 1 on "), err
-        assert err.rstrip().endswith(": ValueError: boom")
+        assert err.rstrip().endswith(": ValueError: boom (in hooks.bad)")
 
 
 def test_a_signal_to_one_node_ends_both_in_order(node: Node, tmp_path: Path) -> None:

@@ -62,9 +62,9 @@ FILES = [
 @pytest.mark.parametrize(("text", "why", "place"), [f[1:] for f in FILES], ids=[f[0] for f in FILES])
 def test_files_that_cannot_be_read(text, why, place, project):
     file = project.write("recipes/own.yaml", text)
-    start = time.perf_counter()
+    start = time.process_time()
     problems = project.check("+recipe=own")
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     own = [p for p in problems if p.mark and p.mark.file == str(file) and (p.key is None or why in p.why)]
     assert own, problems
     assert why in own[0].why
@@ -108,9 +108,9 @@ def test_bom_and_windows_line_ends_are_fine(change, project, good):
 )
 def test_alias_bombs_are_refused_quickly(text, project):
     project.write("recipes/own.yaml", text)
-    start = time.perf_counter()
+    start = time.process_time()
     problems = project.check("+recipe=own")
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert any("aliases" in p.why for p in problems)
 
 
@@ -128,9 +128,9 @@ def test_alias_bombs_are_refused_quickly(text, project):
 )
 def test_interpolation_bombs_end(text, project):
     project.write("recipes/own.yaml", text)
-    start = time.perf_counter()
+    start = time.process_time()
     project.check("+recipe=own")
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 # Keys and values in a recipe: (lines that are added, key, why, fix, line after the eight of the good recipe)
@@ -297,10 +297,12 @@ def test_overrides(override, key, why, fix, project):
     [
         ("recipe=smok", "no recipe called smok", "did you mean smoke?"),
         ("recipe=zzz", "no recipe called zzz", "mlp_synthetic"),
-        ("recipe=../../etc/passwd", "not a path", "./recipes"),
-        ("recipe=recipes/smoke.yaml", "not a path", "+recipe=smoke"),
-        ("recipe=/etc/passwd", "not a path", ""),
-        ("recipe=..", "not a path", ""),
+        ("recipe=../../etc/passwd", "not the path of a recipe", "./recipes"),
+        ("recipe=recipes/smoke.yaml", "no such file", "+recipe=smoke"),
+        ("recipe=/etc/passwd", "not the path of a recipe", ""),
+        ("recipe=..", "not the path of a recipe", ""),
+        ("recipe=/nosuch/own.yaml", "no such file", "./recipes"),
+        ("recipe=/dev/null.yaml/x.yaml", "no such file", ""),
         ("recipe=", "one recipe", ""),
         ("recipe=[smoke,mlp_synthetic]", "one recipe", "-m"),
         ("recipe=3", "one recipe", ""),
@@ -421,11 +423,11 @@ def test_any_change_of_one_character_gives_a_plan_or_problems(path, project):
             [text[:at] + text[at + 1 :], text[:at] + character + text[at:], text[:at] + character + text[at + 1 :]]
         )
         project.write(f"recipes/{path.stem}.yaml", changed)
-        start = time.perf_counter()
+        start = time.process_time()
         composition = project.compose(f"+recipe={path.stem}")
         problems = composition.check()
         shown = render(problems, composition.origins, directory=project.folder)
-        slowest = max(slowest, time.perf_counter() - start)
+        slowest = max(slowest, time.process_time() - start)
         assert all(
             len(line) <= 80 or " " not in line.strip() or line.startswith(("recipes/", "    "))
             for line in shown.split("\n")

@@ -44,7 +44,9 @@ def test_defaults_of_the_schema_are_filled_in(project):
     assert config["log"] == {"every": 2}
     assert config["grad_clip"] is None
     assert config["resume"] == "auto"
-    assert config["checkpoint"] == {"every": None, "keep": 2, "best": None}
+    assert config["checkpoint"] == {
+        "every": None, "keep": 2, "best": None, "milestones": None, "async": True, "on_error": "stop",
+    }  # fmt: skip
     assert config["train"] == {"epochs": 2, "steps": None}
     assert config["data"]["num_workers"] == 0
     assert config["precision"]["param_dtype"] == "float32"

@@ -280,3 +280,49 @@ def test_a_schedulers_own_counters_are_kept() -> None:
     second.load_state_dict(first.state_dict())
     second.step()
     assert second._scheduler.get_last_lr() == [1 / 7]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda sgd: cosine(sgd, 12, warmup=3),
+        lambda sgd: lr_scheduler.StepLR(sgd, 4, gamma=0.5),
+        lambda sgd: lr_scheduler.CosineAnnealingLR(sgd, 12),
+        lambda sgd: lr_scheduler.OneCycleLR(sgd, 2.0, total_steps=13),
+        lambda sgd: lr_scheduler.SequentialLR(
+            sgd, [lr_scheduler.ConstantLR(sgd, 0.1, 2), lr_scheduler.ExponentialLR(sgd, 0.9)], [2]
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Detected call of")
+@pytest.mark.parametrize("before", [None, lambda sgd: lr_scheduler.PolynomialLR(sgd, 20)])
+@pytest.mark.parametrize("done", [0, 1, 7])
+def test_a_schedule_of_another_kind_stands_where_it_would_have_come_to(make: Any, before: Any, done: int) -> None:
+    saved = Schedule(None if before is None else before(optimizer()))
+    for _ in range(done):
+        saved.step()
+    sgd = optimizer()
+    schedule = Schedule(make(sgd))
+    sgd.param_groups[0]["lr"] = 77.0  # as a checkpoint left it
+    schedule.load_state_dict(saved.state_dict())
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        schedule.catch_up(done)
+        for _ in range(12 - done):
+            found.append(sgd.param_groups[0]["lr"])
+            schedule.step()
+    assert found == pytest.approx(rates(make, 12)[done:12])
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")
+def test_catching_up_changes_nothing_where_the_kind_is_the_same() -> None:
+    sgd = optimizer()
+    saved = Schedule(linear(optimizer(), 10))
+    for _ in range(3):
+        saved.step()
+    schedule = Schedule(linear(sgd, 10))
+    schedule.load_state_dict(saved.state_dict())
+    before = sgd.param_groups[0]["lr"]
+    schedule.catch_up(9)
+    assert sgd.param_groups[0]["lr"] == before == pytest.approx(0.7)

@@ -1,0 +1,423 @@
+"""The long form of every guarantee: cases are killed, damaged and refused by the hundred, and counted.
+
+Each guarantee with a module `tests/guarantees/cases_gNN.py` takes part. Results are appended to a JSON-lines file case
+by case; a second start goes on where the first one stopped. Only results of the code as it is now are counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from benchmarks.processes import PYTHON, ROOT
+
+TESTS = ROOT / "tests"
+TABLE = ROOT / "docs" / "guarantees.md"
+BEGIN, END = "<!-- table: python -m benchmarks survive --write -->", "<!-- end of the table -->"
+
+#: What `cases` is asked for in the long form, and the figure to reach in words. What a case is, its module says: one of
+#: G15 is asked for once for each backend, and those with a fixed list give all of it.
+FIGURES: dict[str, tuple[int, str, str]] = {
+    "g01": (450, "Kill anywhere", "450/450"),
+    "g02": (20, "Elastic bits", "20/20"),
+    "g03": (200, "Torn never taken", "0 of 200 taken"),
+    "g04": (10_000, "Never in place", "0 violations"),
+    "g05": (160, "Disk full", "160/160"),
+    "g06": (1_450, "Damage is found", "100% found"),
+    "g07": (40, "No code in a checkpoint", "0 executions"),
+    "g08": (93, "No code from a recipe", "all refused (60 or more)"),
+    "g09": (10_000, "Configuration errors", "100%"),
+    "g10": (240, "Not finite", "240/240"),
+    "g11": (50, "Preemption", "all exit right"),
+    "g12": (30, "Hangs", "30/30"),
+    "g13": (200, "Restart in place", "200/200"),
+    "g14": (32, "First cause", "32/32"),
+    "g15": (500, "Clean exits", "0 of 1,500 bad"),
+    "g16": (2_000, "Exactly once", "0 violations"),
+    "g17": (40, "Augmentation", "40/40 bitwise"),
+    "g18": (100, "One writer", "100/100"),
+    "g19": (55, "Resume drift", "all fields"),
+    "g20": (60, "Honest asynchronous saves", "0 violations"),
+    "g21": (20, "Sweeps", "20/20"),
+    "g22": (2_025, "Portable", "100%"),
+    "g23": (100, "No litter", "0 left"),
+    "g24": (100, "Secrets", "0 found"),
+    "g25": (86, "Bounded input", "all within 2 s, 300 MB"),
+}
+
+#: Seconds after which a case is given up.
+PATIENCE = 900.0
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", help="such as g01,g03; default: all that have a module")
+    parser.add_argument("--count", type=int, help="cases of each guarantee; default: those of the long form")
+    parser.add_argument("--seed", type=int, default=0, help="from which the cases are drawn")
+    parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
+    parser.add_argument("--minutes", type=float, help="begin no case after so many minutes")
+    parser.add_argument("--results", type=Path, default=Path("survive.jsonl"), help="file that results are added to")
+    parser.add_argument("--any-code", action="store_true", help="count results of other code as well")
+    parser.add_argument("--table", action="store_true", help="print the table of what is there, and run nothing")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/guarantees.md")
+
+
+def main(options: argparse.Namespace) -> int:
+    results = Results(options.results, None if options.any_code else code())
+    if results.others:
+        print(f"{results.others} results of other code are not counted (--any-code counts them)")
+    if not options.table:
+        run_all(options, results)
+    lines = list(table(results.found))
+    print("\n".join(["", *lines]))
+    if options.write:
+        write(lines)
+        print(f"\nwritten into {TABLE.relative_to(ROOT)}")
+    return 1 if any(not result["held"] for result in results.found.values()) else 0
+
+
+def modules() -> list[str]:
+    """The guarantees that have cases: g01, g02, …"""
+    return sorted(path.stem.removeprefix("cases_") for path in (TESTS / "guarantees").glob("cases_g[0-9][0-9].py"))
+
+
+def code() -> str:
+    """A name of the program as it is: a hash of its sources and of those of the cases."""
+    digest = hashlib.sha256()
+    for folder in ("runner", "conf", "tests/guarantees"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".yaml"):
+                digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+class Results:
+    """The file of results; those that count, the newest of each case."""
+
+    def __init__(self, path: Path, code: str | None) -> None:
+        self.path, self.code = path, code
+        self.found: dict[tuple[str, int, int, str], dict[str, Any]] = {}
+        self.others = 0
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                result = json.loads(line)
+            except ValueError:
+                continue  # cut off when the last start was ended
+            if code is None or result["code"] == code:
+                self.found[self._key(result)] = result
+            else:
+                self.others += 1
+
+    @staticmethod
+    def _key(result: dict[str, Any]) -> tuple[str, int, int, str]:
+        return result["guarantee"], result["seed"], result["index"], result["case"]
+
+    def has(self, guarantee: str, seed: int, index: int, case: str) -> bool:
+        return (guarantee, seed, index, case) in self.found
+
+    def add(self, result: dict[str, Any]) -> None:
+        result["code"] = self.code or code()
+        self.found[self._key(result)] = result
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a+b") as file:
+            # A line that was cut off must not swallow the next one.
+            if file.tell() and not _ends_with_newline(self.path):
+                file.write(b"\n")
+            file.write(json.dumps(result).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Task:
+    """One case, by its place in its module's list."""
+
+    guarantee: str
+    count: int
+    seed: int
+    index: int
+    case: str
+
+
+class Worker:
+    """A process that runs one case after another; another one takes its place when it dies or hangs."""
+
+    def __init__(self) -> None:
+        self.task: Task | None = None
+        self.began = 0.0
+        self.folder: Path | None = None
+        self._start()
+
+    def _start(self) -> None:
+        self.process = subprocess.Popen(
+            [PYTHON, "-m", "benchmarks.survive", "--serve"],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def begin(self, task: Task) -> None:
+        self.task, self.began = task, time.monotonic()
+        self.folder = Path(tempfile.mkdtemp(prefix=f"survive-{task.guarantee}-"))
+        words = [task.guarantee, task.count, task.seed, task.index, str(self.folder)]
+        self._pipe(self.process.stdin).write(json.dumps(words).encode() + b"\n")
+        self._pipe(self.process.stdin).flush()
+
+    def end(self) -> dict[str, Any]:
+        """The result of the case, to be called when something can be read or the time is up."""
+        assert self.task is not None
+        assert self.folder is not None
+        seconds = time.monotonic() - self.began
+        if seconds > PATIENCE:
+            why: str | None = f"not finished in {PATIENCE:.0f} s"
+            self._replace()
+        elif line := self.output.readline():
+            why = json.loads(line)
+        else:
+            why = f"the process that ran it ended with {self.process.wait()}"
+            self._replace()
+        if why is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        else:
+            why = f"{why} (files: {self.folder})"
+        task, self.task = self.task, None
+        return {
+            "guarantee": task.guarantee,
+            "seed": task.seed,
+            "index": task.index,
+            "case": task.case,
+            "held": why is None,
+            "why": why,
+            "seconds": round(seconds, 3),
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": machine(),
+            "torch": versions(),
+        }
+
+    def _replace(self) -> None:
+        self.close()
+        self._start()
+
+    def close(self) -> None:
+        """Ends the process; what its case has started ends with the case, so it gets a moment for that."""
+        with suppress(OSError):
+            self._pipe(self.process.stdin).close()
+        if self.task is not None:
+            self.process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(20)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.output.close()
+
+    @property
+    def output(self) -> IO[bytes]:
+        return self._pipe(self.process.stdout)
+
+    @staticmethod
+    def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
+        assert pipe is not None
+        return pipe
+
+
+def run_all(options: argparse.Namespace, results: Results) -> None:
+    """Runs all cases that have no result yet. An interruption loses the cases that run, no more."""
+    chosen = modules()
+    if options.only:
+        wanted = options.only.split(",")
+        if missing := sorted(set(wanted) - set(chosen)):
+            raise SystemExit(
+                f"no tests/guarantees/cases_NAME.py for {', '.join(missing)}; there are: {' '.join(chosen)}"
+            )
+        chosen = [name for name in chosen if name in wanted]
+    print(f"{machine()}, {versions()}; results in {options.results}")
+    until = time.monotonic() + options.minutes * 60 if options.minutes else float("inf")
+    waiting = _tasks(chosen, options, results)
+    workers = [Worker() for _ in range(options.jobs)]
+    try:
+        while True:
+            for worker in workers:
+                task = None if worker.task or time.monotonic() > until else next(waiting, None)
+                if task is not None:
+                    worker.begin(task)
+            busy = [worker for worker in workers if worker.task]
+            if not busy:
+                break
+            ready, _, _ = select.select([worker.output for worker in busy], [], [], 1.0)
+            for worker in busy:
+                if worker.output in ready or time.monotonic() - worker.began > PATIENCE:
+                    _tell(worker, results)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on")
+    finally:
+        for worker in workers:
+            worker.close()
+            if worker.folder is not None and worker.task is not None:
+                shutil.rmtree(worker.folder, ignore_errors=True)
+
+
+def _tasks(chosen: list[str], options: argparse.Namespace, results: Results) -> Iterator[Task]:
+    for name in chosen:
+        count = options.count or FIGURES.get(name, (100, "", ""))[0]
+        try:
+            texts = _described(name, count, options.seed)
+        except (subprocess.CalledProcessError, ValueError) as error:
+            print(f"{name}: its cases cannot be made: {error}")
+            continue
+        todo = [index for index, case in enumerate(texts) if not results.has(name, options.seed, index, case)]
+        print(f"{name}: {len(texts)} cases, {len(todo)} to run", flush=True)
+        for index in todo:
+            yield Task(name, count, options.seed, index, texts[index])
+
+
+def _described(name: str, count: int, seed: int) -> list[str]:
+    """The cases of a module as text, made in a process of its own: modules import what they like."""
+    words = [PYTHON, "-m", "benchmarks.survive", "--describe", name, str(count), str(seed)]
+    done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _tell(worker: Worker, results: Results) -> None:
+    result = worker.end()
+    results.add(result)
+    how = "held" if result["held"] else f"VIOLATED: {result['why']}"
+    if not result["held"] or result["seconds"] > 1.0 or result["index"] % 100 == 99:
+        print(
+            f"  {result['guarantee']} {result['index']} {result['case'][:100]}: {how} ({result['seconds']:.1f} s)",
+            flush=True,
+        )
+
+
+# --- in a process of its own ------------------------------------------------------------------------------------------
+
+
+def _module(name: str) -> Any:
+    import importlib
+
+    sys.path[:0] = [str(TESTS), str(ROOT)]
+    return importlib.import_module(f"guarantees.cases_{name}")
+
+
+def _text(case: Any) -> str:
+    text = str(case)
+    if len(text) > 120 and isinstance(getattr(case, "name", None), str):
+        text = case.name
+    # Addresses of objects differ from start to start.
+    return re.sub(r" at 0x[0-9a-f]+", "", text)[:200]
+
+
+def serve() -> int:
+    """Takes cases from stdin, runs them, and writes for each what was violated, or null."""
+    # In order: a case that is interrupted ends what it has started.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    words_out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a case prints is not a result
+    modules: dict[str, Any] = {}
+    made: dict[tuple[str, int, int], list[Any]] = {}
+    for line in sys.stdin.buffer:
+        name, count, seed, index, folder = json.loads(line)
+        why: str | None
+        try:
+            module = modules[name] = modules.get(name) or _module(name)
+            key = (name, count, seed)
+            made[key] = made.get(key) or list(module.cases(count, seed))
+            why = module.run(made[key][index], Path(folder))
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc()
+            why = f"{type(error).__name__}: {error}"
+        words_out.write(json.dumps(why).encode() + b"\n")
+        words_out.flush()
+    return 0
+
+
+def describe(name: str, count: int, seed: int) -> int:
+    print(json.dumps([_text(case) for case in _module(name).cases(count, seed)]))
+    return 0
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def table(found: dict[Any, dict[str, Any]]) -> Iterator[str]:
+    """A line for each guarantee that has results."""
+    yield "| | guarantee | figure to reach | held | date | machine | versions | seconds |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for name in sorted({result["guarantee"] for result in found.values()}):
+        results = [result for result in found.values() if result["guarantee"] == name]
+        held = sum(result["held"] for result in results)
+        dates = sorted({result["date"] for result in results})
+        _count, title, figure = FIGURES.get(name, (0, "", ""))
+        cells = [
+            f"G{int(name[1:])}",
+            title,
+            figure,
+            f"{held:,}/{len(results):,}",
+            dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}",
+            "; ".join(sorted({result["machine"] for result in results})),
+            "; ".join(sorted({result["torch"] for result in results})),
+            f"{sum(result['seconds'] for result in results):,.0f}",
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
+def write(lines: list[str]) -> None:
+    """Replaces the table in docs/guarantees.md."""
+    before, _, rest = TABLE.read_text().partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise SystemExit(f"{TABLE} has no {BEGIN} … {END}")
+    TABLE.write_text("\n".join([f"{before}{BEGIN}", *lines, f"{END}{after}"]))
+
+
+def machine() -> str:
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{platform.machine()}, {cpus} CPUs"
+
+
+def versions() -> str:
+    from importlib.metadata import version
+
+    return f"torch {version('torch')}, Python {platform.python_version()}"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--serve"]:
+        sys.exit(serve())
+    if sys.argv[1:2] == ["--describe"]:
+        sys.exit(describe(sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.survive", description=__doc__)
+    arguments(parser)
+    sys.exit(main(parser.parse_args()))

@@ -1,0 +1,142 @@
+"""Bad surroundings: where a run writes, what the shell gives it, and what the machine does meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from programs import ROOT
+
+HOOKS = """
+import shutil, time
+from runner.train.hook import Hook
+
+class Delete(Hook):
+    def on_step_end(self, run):
+        if run.progress.step == 2:
+            shutil.rmtree(run.folder.path)
+
+class Back(Hook):
+    def on_step_end(self, run):
+        if run.progress.step == 2:
+            before = time.time
+            time.time = lambda: before() - 86_400.0
+"""
+
+SMALL = "+recipe=smoke device=cpu train.steps=4 log.every=1 launch.threads=1 trackers.tensorboard=null"
+
+
+def shell(folder: Path, command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs a line of bash; `RUN` in it is the program with a small recipe."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "wicked.py").write_text(HOOKS)
+    line = command.replace("RUN", f"{sys.executable} -m runner {SMALL}")
+    return subprocess.run(
+        ["bash", "-c", line], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
+        capture_output=True, text=True, errors="replace", timeout=100,
+    )  # fmt: skip
+
+
+def completed(folder: Path) -> dict:
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()][:4] == [
+        1,
+        2,
+        3,
+        4,
+    ]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "completed"
+    return summary
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [("/proc/nosuch/run", "cannot be made"), ("file", "is a file"), ("file/run", "cannot be made"),
+     ("full", "holds no run")],
+)  # fmt: skip
+def test_a_place_that_cannot_be_written(place, said, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/other.txt").touch()
+    told = shell(tmp_path, f"RUN run_dir={place}")
+    assert told.returncode == 2, told.stderr
+    assert said in told.stderr
+    assert "command line: run_dir" in told.stderr
+    assert "Traceback" not in told.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_place_without_permission(tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    told = shell(tmp_path, "RUN run_dir=locked/run")
+    assert (told.returncode, "Traceback" in told.stderr) == (2, False)
+
+
+def test_the_folder_goes_away_during_the_run(tmp_path):
+    told = shell(tmp_path, "RUN run_dir=run '+hooks.wicked={_target_: wicked.Delete}'")
+    assert told.returncode == 1, told.stderr
+    last = told.stderr.strip().splitlines()[-1]
+    assert "smoke failed" in last
+    assert "run" in last
+
+
+def test_strange_names_no_home_no_input_and_few_files(tmp_path):
+    """A path with spaces and letters beyond ASCII under LANG=C, stdin closed, nothing to write at home, 64 files."""
+    folder = tmp_path / "mit Leerzeichen = é ☃ 'x'"
+    surroundings = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "HOME": "/proc/nosuch", "TERM": "dumb"}
+    told = shell(folder, "ulimit -n 64; RUN 'run_dir=läufe/ein lauf' <&-", **surroundings)
+    assert told.returncode == 0, told.stderr
+    completed(folder / "läufe/ein lauf")
+    again = shell(folder, "RUN 'run_dir=läufe/ein lauf' <&-", **surroundings)
+    assert again.returncode == 0, again.stderr
+    assert "already complete" in again.stdout
+
+
+@pytest.mark.parametrize("ending", ["| head -1", ">&-", ">&- 2>&-", "> /dev/full"])
+def test_nobody_listens(ending, tmp_path):
+    told = shell(tmp_path, f"set -o pipefail; RUN run_dir=run {ending}")
+    assert told.returncode == 0, told.stderr
+    completed(tmp_path / "run")
+
+
+def test_the_clock_jumps_back(tmp_path):
+    told = shell(tmp_path, "RUN run_dir=run '+hooks.wicked={_target_: wicked.Back}'")
+    assert told.returncode == 0, told.stderr
+    summary = completed(tmp_path / "run")
+    assert summary["train_seconds"] >= 0
+    assert summary["samples_per_second"] > 0
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    times = [record["time"] for record in records if record["split"] == "train"]
+    assert times == sorted(times)
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost"}, "MASTER_PORT"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK"),
+    ],
+)
+def test_half_of_a_launchers_words(variables, said, tmp_path):
+    told = shell(tmp_path, "RUN run_dir=run", **variables)
+    assert told.returncode == 2, (told.stdout, told.stderr)
+    assert said in told.stderr
+    assert "Traceback" not in told.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs a host name of its own")
+def test_a_host_name_that_nobody_knows(tmp_path):
+    line = f"hostname nosuch.invalid && {sys.executable} -m runner {SMALL} run_dir=run launch.nproc_per_node=2"
+    if subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode:
+        pytest.skip("no namespace may be made")
+    told = shell(tmp_path, f"unshare --uts bash -c '{line}'")
+    assert told.returncode == 0, told.stderr
+    completed(tmp_path / "run")

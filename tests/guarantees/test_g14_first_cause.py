@@ -1,0 +1,14 @@
+"""G14: the first cause of a failure comes last on the screen: process, step, error; the others end soon."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from guarantees.cases_g14 import Case, cases, run
+
+
+@pytest.mark.parametrize("case", cases(4, seed=0), ids=str)
+def test_the_first_cause_is_told_last(case: Case, tmp_path: Path) -> None:
+    assert run(case, tmp_path) is None

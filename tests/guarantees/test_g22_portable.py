@@ -1,0 +1,37 @@
+"""G22, short: what each backend saves, each other loads, on 1, 2 and 4 processes, in each precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import combinations, product
+from pathlib import Path
+
+from guarantees.cases_g22 import Cell, cases, cells, run_all
+
+#: Enough for each two of (backend, processes, precision) of the two cells to meet.
+COUNT = 64
+
+
+def test_the_square_is_all_that_is_valid() -> None:
+    everything = cases(10**6, 1)
+    assert len(set(everything)) == len(everything) == len(cells()) ** 2
+    assert {cell.world for cell in cells()} == {1, 2, 4}
+    assert Cell("hybrid", 4, "fp16") in cells()
+    assert not any(cell.backend == "single" and cell.world > 1 for cell in cells())
+    assert not any(cell.backend.startswith("z") and cell.precision == "fp16" for cell in cells())
+    assert cases(30, 5) == cases(30, 5) != cases(30, 6)
+
+
+def test_a_sample_has_every_pair() -> None:
+    def met(pairs: Iterable[tuple[Cell, Cell]], one: int, other: int) -> set[tuple[object, object]]:
+        values = [(*save, *load) for save, load in pairs]
+        return {(value[one], value[other]) for value in values}
+
+    for one, other in combinations(range(6), 2):
+        assert met(cases(COUNT, 0), one, other) == met(product(cells(), repeat=2), one, other)
+
+
+def test_any_cell_loads_what_any_other_saved(tmp_path: Path) -> None:
+    chosen = cases(COUNT, 0)
+    found = run_all(chosen, tmp_path, timeout=240)
+    assert {str(case): why for case, why in zip(chosen, found, strict=True) if why} == {}
