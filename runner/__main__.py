@@ -42,7 +42,8 @@ def _run(arguments: Sequence[str] | None, started: float) -> int:
         print(f"runner: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("\ninterrupted before anything was trained: nothing to save", file=sys.stderr)
+        said = "interrupted before anything was trained: nothing to save; the same command starts again"
+        print(f"\n{said}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output has gone; what is left must not go to a closed pipe at exit.

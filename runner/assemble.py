@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -350,7 +350,7 @@ def assemble(
     seed_all(config["seed"])
     begin = None if resume is not None or config["init_from"] is None else _first_weights(config["init_from"])
     model = _ModelFactory(config)
-    engine.prepare(model, _optimizer_factory(config, engine.device))
+    engine.prepare(model, _optimizer_factory(config, engine.device, engine.backend.fused))
     if begin is not None:
         begin(engine.state()["model"], model.tied)
     progress = Progress()
@@ -491,10 +491,12 @@ def _tied_names(model: torch.nn.Module) -> dict[str, str]:
     return {name: known for name, value in named if (known := first.setdefault(id(value), name)) != name}
 
 
-def _optimizer_factory(config: Config, device: torch.device) -> Callable[[torch.nn.Module], torch.optim.Optimizer]:
+def _optimizer_factory(
+    config: Config, device: torch.device, able: Collection[str] | None = None
+) -> Callable[[torch.nn.Module], torch.optim.Optimizer]:
     spec = {key: value for key, value in config["optimizer"].items() if key != "_partial_"}
     no_decay = spec.pop("no_decay", None) or ()
-    spec |= fused_by_default(build.find(spec["_target_"]), list(spec), device)
+    spec |= fused_by_default(build.find(spec["_target_"]), list(spec), device, able)
     return lambda model: _constructed(spec, "optimizer", parameter_groups(model, no_decay))
 
 
@@ -582,7 +584,7 @@ def _checkpointer(
     best = options["best"]
     named = None if best is None else (best["metric"], best["mode"])
     # What `resume` names stays; what auto found may go when there are newer ones.
-    source = [] if resume is None or config["resume"] == "auto" else [resume]
+    source = [] if resume is None or config["resume"] == "auto" else [resume, Path(config["resume"])]
     return Checkpointer(
         folder.path / "checkpoints",
         state,

@@ -34,7 +34,7 @@ _STOPS = ("model", "task", "optimizer", "scheduler", "data", "seed", "batch.glob
 _FREE_DATA = ("data.num_workers", "data.reader")
 _FREE = (
     *(*_FREE_DATA, "name", "train", "batch", "accumulation", "eval", "log", "backend", "launch"),
-    *("checkpoint", "hooks", "trackers", "debug"),
+    *("checkpoint", "hooks", "trackers", "debug", "trust"),
 )
 #: What the setting tells more truly (`auto` may be the same as `cpu`), or what is about the going on itself.
 _NOT_TOLD = (
@@ -174,9 +174,13 @@ def _too_short(plan: WorkPlan, parts: Parts, checkpoint: Path) -> list[Problem]:
 
 
 def _compare_settings(then: Mapping[str, Any], now: Mapping[str, Any], drift: Drift) -> None:
+    another_world = then.get("world", now["world"]) != now["world"]
     for name in ("precision", "device", "hardware", "threads", "python"):
         old = then.get(name, now[name])
-        if old != now[name]:
+        if old != now[name] and name == "threads" and another_world:
+            # It follows from the number of processes, which moves the last digits anyway.
+            drift.free.append(f"threads {_plain(old)} -> {_plain(now[name])}")
+        elif old != now[name]:
             drift.warnings.append(f"{name} was {_plain(old)} and is {_plain(now[name])}: {_DIGITS}")
     for name, old in _mapping(then.get("versions")).items():
         new = now["versions"].get(name) or version_of(str(name))

@@ -92,7 +92,11 @@ def wrong(key: str | None, why: str, fix: str = "", **value: Any) -> InputError:
     return InputError(Problem(key, why, fix, **value))
 
 
-class Elsewhere(RunnerError):
+class Follows(RunnerError):
+    """Another process fails and says why; this one only follows."""
+
+
+class Elsewhere(Follows):
     """The input is wrong, and another process tells the user what."""
 
     exit_code = 2

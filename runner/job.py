@@ -22,7 +22,7 @@ import yaml
 
 from runner import console, distributed
 from runner.assemble import Parts, assemble, check, check_metrics, needs_group
-from runner.checkpoint import find, latest
+from runner.checkpoint import extra_of, find, latest
 from runner.data.main import Remote
 from runner.debugging import CollectiveWatch, explain, standing
 from runner.distributed import ALONE, Ranks
@@ -81,7 +81,7 @@ def work(plan: WorkPlan, ranks: Ranks = ALONE, store: Store | None = None) -> in
             parts, place = _agreed(plan, ranks)
             if plan.config["debug"]:
                 watch.enter_context(CollectiveWatch(min(60.0, plan.config["launch"]["timeout"])))
-            if ranks.main:
+            if ranks.local_rank == 0:  # each computer's parent: after a restart the first process may be on another
                 tell_run(plan, place.folder.path, _command(plan, _short(place.folder.path, plan)))
             try:
                 if not place.finished:
@@ -93,13 +93,14 @@ def work(plan: WorkPlan, ranks: Ranks = ALONE, store: Store | None = None) -> in
             finally:
                 place.folder.unlock()
         except Interrupted as stop:
-            log.info("%s before the first step: nothing to save", stop)
+            log.info("%s before the first step: nothing to save; the same command starts again", stop)
             return stop.exit_code
         except SystemExit as error:
             log.error("something that the configuration names ended the program: SystemExit(%s)", error.code)
             record(plan, ranks, RunnerError(f"SystemExit({error.code})"), FAILED)
             return FAILED
         finally:
+            signals.over = True
             watch.close()
             distributed.leave(together=together)
 
@@ -172,6 +173,7 @@ def _in_folder(plan: WorkPlan, parts: Parts, place: Place, ranks: Ranks, signals
         built.setting = setting(plan, parts)
         run = built
         if not fresh:
+            _leave_behind(run, resume, plan)
             _write_inputs(plan, folder)
         if plan.run_dir is None:
             folder.link_latest()
@@ -180,6 +182,8 @@ def _in_folder(plan: WorkPlan, parts: Parts, place: Place, ranks: Ranks, signals
             _explain(run)
         if resume is not None:
             log.info("  goes on  after step %d, from %s", run.progress.step, _short(resume, plan))
+        elif not fresh:
+            log.info("  begins   anew: what ran in this folder before has left no checkpoint")
         if place.drift is not None:
             place.drift.tell()
         run.trackers.start(folder.path, run.progress.step, run.config)
@@ -202,7 +206,7 @@ def _in_folder(plan: WorkPlan, parts: Parts, place: Place, ranks: Ranks, signals
     except (Exception, SystemExit, KeyboardInterrupt, Interrupted) as error:
         return _failed(error, run, folder, plan, ranks)
     finally:
-        signals.run = None
+        signals.over, signals.run = True, None
         if watchdog is not None:
             watchdog.stop()
         if run is not None:
@@ -223,7 +227,8 @@ def _finished(folder: RunFolder, length: Plan) -> bool:
     told = folder.read_json("summary.json")
     if not told or told.get("status") != "completed" or told.get("planned_steps", 0) < length.steps:
         return False
-    log.info("%s is already complete: %d steps", folder.path.name, told["steps"])
+    extend = "a larger train.steps or train.epochs extends it"
+    log.info("%s is already complete: %d steps; %s", folder.path.name, told["steps"], extend)
     return True
 
 
@@ -261,30 +266,49 @@ def _place_in(
     if all(child.name.startswith(".") for child in path.iterdir()):
         folder.begin()
         return Place(folder, named, True, drift=drift)
-    if again is not None:
-        last = latest(path / "checkpoints")
-        drift = drift if last is None else compare(plan, parts, last)
-        return Place(folder, last or named, False, _finished(folder, parts.plan), drift)
-    if plan.config["resume"] == "never":
+    if again is None and plan.config["resume"] == "never":
         raise wrong(
             "resume",
-            f"never, and {plan.run_dir} is not empty",
+            f"{plan.run_dir} is not empty, and never means not to go on there",
             "name another run_dir, or say resume=auto",
             value="never",
         )
-    if not (path / "status.json").exists():
+    if again is None and not (path / "status.json").exists():
         raise wrong(
             "run_dir",
             "is not empty and holds no run",
             "name a run's folder, or one that is not there",
             value=plan.run_dir,
         )
-    finished = _finished(folder, parts.plan)
-    if named is not None or finished:
-        return Place(folder, named, False, finished, drift)
+    if named is not None and not _repeated(plan, path, named):
+        return Place(folder, named, False, drift=drift)
+    if _finished(folder, parts.plan):
+        return Place(folder, None, False, True)
     last = latest(path / "checkpoints")
-    drift = None if last is None else compare(plan, parts, last)
-    return Place(folder, last, False, drift=drift)
+    return Place(folder, last, False, drift=None if last is None else compare(plan, parts, last))
+
+
+def _repeated(plan: WorkPlan, path: Path, named: Path) -> bool:
+    """Whether the newest checkpoint of a folder is what came of this command, which names one to go on from.
+
+    A scheduler repeats a command: it goes on, and does not begin again from what is named.
+    """
+    last = latest(path / "checkpoints")
+    if last is None or last.resolve() == named.resolve():
+        return last is not None
+    extra = extra_of(last)
+    made_by = extra.get("config") if isinstance(extra, dict) else None
+    return isinstance(made_by, dict) and made_by.get("resume") == plan.config["resume"]
+
+
+def _leave_behind(run: Run, resume: Path | None, plan: WorkPlan) -> None:
+    """Where the user goes back in a run: what was saved afterwards belongs to it no more."""
+    if resume is None or run.checkpointer is None or plan.config["resume"] in ("auto", "never"):
+        return
+    place = run.checkpointer.leave_behind(resume, run.progress.step)
+    if place is not None:
+        (run.folder.path / "summary.json").unlink(missing_ok=True)  # it may say that the run is complete
+        log.warning("going on from %s; the checkpoints that do not lead to it are in %s now", resume, place)
 
 
 def _write_inputs(plan: WorkPlan, folder: RunFolder) -> None:
@@ -340,12 +364,12 @@ def _introduce(run: Run, plan: WorkPlan) -> None:
     an_epoch = "" if order.length is None else f", {run.plan.steps_per_epoch} an epoch"
     log.info("  length   %d steps%s", run.plan.steps, an_epoch)
     log.info(
-        "  engine   %s on %s, %s, %s, %d threads",
+        "  engine   %s on %s, %s, %s, %s",
         run.engine.backend.name,
         run.engine.device,
         run.engine.precision.name,
         type(run.engine.optimizer).__name__,
-        torch.get_num_threads(),
+        "1 thread" if torch.get_num_threads() == 1 else f"{torch.get_num_threads()} threads",
     )
 
 

@@ -40,17 +40,22 @@ class Interrupted(BaseException):
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
+        self.number = number
         self.exit_code = exit_code(number)
 
 
 class Signals:
     """The handler: tells `run` (anything with an attribute `signal`) of the first signal; leaves at the second.
 
-    `speaks` says whether this process tells the user that it has heard, `handed_on` whether a parent hands signals on.
+    `speaks` says whether this process tells the user that it has heard, `handed_on` whether a parent hands signals on,
+    `over` that the process ends anyway: a first signal changes nothing then.
     """
 
     speaks = True
     handed_on = False
+    over = False
+    #: Whether the data are waited for whatever comes.
+    patient = False
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -78,6 +83,8 @@ class Signals:
                 return
             os._exit(at_once(number))
         self.received, self._when = number, time.monotonic()
+        if self.over:
+            return
         if self._run is None:
             raise Interrupted(number)
         self._run.signal = number
@@ -85,7 +92,7 @@ class Signals:
             # No logging here: the signal may have come while the logger held its lock.
             name = signal.Signals(number).name
             os.write(2, f"\n{name}: finishing this step and saving; once more to leave at once\n".encode())
-        if self._waits:
+        if self._waits and not self.patient:
             raise Interrupted(number)
 
     @contextmanager
@@ -93,7 +100,7 @@ class Signals:
         """While data workers are waited for: a signal ends the wait with Interrupted."""
         self._waits += 1
         try:
-            if self.received is not None:
+            if self.received is not None and not self.patient:
                 raise Interrupted(self.received)
             yield
         finally:
@@ -117,13 +124,30 @@ def handled() -> Iterator[Signals]:
             signal.signal(number, old)
 
 
+@contextmanager
+def patient() -> Iterator[None]:
+    """A signal that comes within ends no wait for a data worker."""
+    handler: Any = signal.getsignal(signal.SIGTERM)
+    if isinstance(handler, Signals):
+        handler.patient = True
+    try:
+        yield
+    finally:
+        if isinstance(handler, Signals):
+            handler.patient = False
+
+
 def awaited(get: Any, *arguments: T) -> Any:
     """What a call gives that waits for a data worker; raises Interrupted when a signal comes meanwhile."""
     handler = signal.getsignal(signal.SIGTERM)
     if not isinstance(handler, Signals):
         return get(*arguments)
-    with handler.waiting():
-        return get(*arguments)
+    try:
+        with handler.waiting():
+            return get(*arguments)
+    except Interrupted:
+        end_workers()  # before their loader goes, which would wait some seconds for each of them
+        raise
 
 
 # --- processes that a training process has started -------------------------------------------------------------------

@@ -115,7 +115,7 @@ def allows(name: Any, granted: Collection[str]) -> bool:
 
 def advice(name: Any) -> str:
     """What to do about a name that may not be built."""
-    own = "if you have read the recipe and trust it, copy it into ./recipes"
+    own = "if you have read the file outside of here and trust it, copy it into ./recipes or ./conf"
     if not isinstance(name, str) or not is_grant(name):
         return own
     last = name.rpartition(".")[2]

@@ -15,6 +15,7 @@ import torch
 import yaml
 from small import Result, config, run_job, spec
 
+from runner import distributed
 from runner.errors import InputError
 
 Job = Callable[..., Result]
@@ -77,6 +78,21 @@ def test_a_real_signal(job: Job, number: signal.Signals, code: int) -> None:
     assert (result.summary["status"], result.summary["steps"]) == ("interrupted", 3)
     assert (status(result)["state"], status(result)["reason"]) == ("interrupted", number.name)
     assert result.eval == []
+
+
+def test_a_signal_at_the_very_end_changes_nothing(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave, came = distributed.leave, []
+
+    def late(**how: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        came.append(True)
+        leave(**how)
+
+    monkeypatch.setattr(distributed, "leave", late)
+    result = job(train__epochs=1)
+    assert came
+    assert result.code == 0
+    assert result.summary["status"] == "completed"
 
 
 def test_signals_are_put_back(job: Job) -> None:
@@ -171,3 +187,43 @@ def test_the_best_checkpoint_may_be_the_last(job: Job) -> None:
     result = job(checkpoint=saving, eval__every="never")
     found = result.summary["best"]
     assert (found["metric"], found["value"], found["step"]) == ("accuracy", result.eval[-1]["accuracy"], 14)
+
+
+def saved(result: Result) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (result.path / "checkpoints").glob("step_*"))
+
+
+def test_going_back_in_a_folder_sets_the_later_checkpoints_aside(job: Job, tmp_path: Path) -> None:
+    every: dict[str, Any] = {"checkpoint__every": {"steps": 2}, "checkpoint__keep": 2}
+    whole = job(**every, checkpoint__milestones=2)
+    assert saved(whole) == [2, 4, 6, 8, 10, 12, 14]
+    back = tmp_path / "run" / "checkpoints" / "step_00000004"
+    cut = job(**every, resume=str(back), hooks=hooks("Interrupt", step=7))
+    assert cut.code == 75
+    assert cut.watch.losses == whole.watch.losses[4:7]
+    assert saved(cut) == [4, 6, 7]  # what is named stays
+    (left,) = (tmp_path / "run" / "checkpoints").glob("left-*")
+    assert sorted(path.name[-2:] for path in left.iterdir()) == ["06", "08", "10", "12", "14"]
+    # A scheduler repeats the command: it goes on, and does not go back again.
+    rest = job(**every, resume=str(back))
+    assert rest.code == 0
+    assert rest.watch.losses == whole.watch.losses[7:]
+    assert [record["step"] for record in rest.train] == list(range(1, 15))
+    assert job(**every, resume=str(back)).watch.losses == []
+    assert len(list((tmp_path / "run" / "checkpoints").glob("left-*"))) == 1
+
+
+def test_a_command_that_names_another_runs_checkpoint_can_be_repeated(job: Job, tmp_path: Path) -> None:
+    whole = job("whole")
+    job("first", hooks=hooks("Interrupt", step=4))
+    cut = job("second", resume=str(tmp_path / "first"), hooks=hooks("Interrupt", step=9))
+    assert cut.watch.losses == whole.watch.losses[4:9]
+    assert job("second", resume=str(tmp_path / "first")).watch.losses == whole.watch.losses[9:]
+
+
+def test_another_runs_checkpoint_in_a_folder_with_its_own_sets_those_aside(job: Job, tmp_path: Path) -> None:
+    whole = job("whole")
+    job("first", hooks=hooks("Interrupt", step=4))
+    assert job("whole", resume=str(tmp_path / "first")).watch.losses == whole.watch.losses[4:]
+    assert saved(whole) == [14]
+    assert len(list((tmp_path / "whole" / "checkpoints").glob("left-*/step_*"))) == 1

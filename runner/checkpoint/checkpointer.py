@@ -197,8 +197,17 @@ class Checkpointer:
             self._published.append(flight.path)
         return self._told()
 
-    def close(self) -> None:
-        """Waits as `finish`, for the end of a training that has failed already: says what went wrong, and goes on."""
+    def close(self, seconds: float | None = None) -> None:
+        """For the end of a training that has failed already: waits as `finish`, and says what went wrong.
+
+        At most `seconds`: where another process is lost, its part may never come.
+        """
+        flight = self._flight
+        if flight is not None and flight.thread is not None:
+            flight.thread.join(seconds)
+            if not flight.done:
+                _log.warning("%s was being saved, and is lost: it took too long", flight.path)
+                return
         try:
             self.finish()
         except SaveFailed as error:
@@ -290,6 +299,24 @@ class Checkpointer:
         for name, state in loaded.items():
             self._state[name].load_state_dict(state)
         return document["extra"]
+
+    def leave_behind(self, source: Path, step: int) -> Path | None:
+        """Sets aside what does not lead to `source`, a checkpoint of `step` from which the training goes on.
+
+        That is what is newer, and everything where `source` lies in another folder. If it stayed, the next start would
+        go on from there, and retention would remove what is saved from now on. Returns the folder that holds it now,
+        on the first process; None where there is nothing. All processes call it.
+        """
+        last = step if source.resolve().parent == self._folder.resolve() else -1
+        place = None
+        with _all_or_none():
+            if distributed.rank() == 0:
+                left = [path for path in store.candidates(self._folder) if store.step_of(path) > last]
+                place = store.set_aside(left) if left else None
+        for known in (self._metrics, self._there):
+            for path in [path for path in known if store.step_of(path) > last]:
+                del known[path]
+        return place
 
     def prune(self) -> list[Path]:
         """Removes what retention does not keep, and returns it. Damaged folders are nobody's and stay."""

@@ -89,8 +89,11 @@ def write_checkpoint(folder: Path, part: Part, draft: Manifest, documents: Docum
     path = store.path_of(folder, draft.step)
     try:
         failure = _lead(path, part, draft, documents, peers) if peers.rank == 0 else _follow(part, peers)
+    except RuntimeError as error:
+        # torch's, of the words that processes say to each other: whoever tells of it finds out that it is no first
+        # cause by what it came from.
+        raise SaveFailed(path, "another process is not heard any more", None, None, None) from error
     except Exception as error:
-        # The processes do not even hear each other any more.
         failure = Failure.of(error, peers.rank, peers.world)
     if failure is not None:
         raise SaveFailed(path, failure.why, failure.needed, failure.free, failure.errno)

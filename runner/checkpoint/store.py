@@ -15,6 +15,7 @@ import secrets
 import shutil
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 
 from runner.checkpoint import manifest
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _STEP = re.compile(r"step_([0-9]+)")
 _STAGING, _TRASH, _REPLACED = ".tmp-", ".trash-", ".old-"
+_LEFT = "left-"
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -144,6 +146,17 @@ def remove(path: Path) -> None:
     with suppress(FileNotFoundError):
         path.rename(trash)
     shutil.rmtree(trash, ignore_errors=True)
+
+
+def set_aside(paths: Sequence[Path]) -> Path:
+    """Moves checkpoints of one folder, given by rising step, into a new folder in there; no reader looks into it."""
+    place = paths[0].with_name(f"{_LEFT}{datetime.now():%Y-%m-%d-%H%M%S}-{secrets.token_hex(2)}")
+    place.mkdir()
+    for path in reversed(paths):
+        path.rename(place / path.name)
+    sync_folder(place)
+    sync_folder(place.parent)
+    return place
 
 
 def bring_back(folder: Path) -> None:

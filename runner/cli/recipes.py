@@ -97,7 +97,7 @@ def _print_all(found: Sequence[Found]) -> None:
     if not found:
         print("There are no recipes here. A recipe is a YAML file in ./recipes.")
         return
-    if sys.stdout.isatty():
+    if sys.stdout is not None and sys.stdout.isatty():
         _print_table(found)
         return
     width = max(len(recipe.name) for recipe in found)

@@ -211,7 +211,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
             _number(memory and memory / 2**20, ".0f"),
         )
     text = io.StringIO()
-    terminal = sys.stdout.isatty()
+    terminal = sys.stdout is not None and sys.stdout.isatty()
     width = None if terminal else max(100, *(40 + len(" ".join(row["overrides"])) + 12 * len(names) for row in rows))
     Console(file=text, force_terminal=terminal, width=width or os.get_terminal_size().columns).print(table)
     return "\n" + "\n".join(line.rstrip() for line in text.getvalue().splitlines())

@@ -14,7 +14,8 @@ from runner import distributed
 from runner.data.loader import Loader, StepBatches, to_device
 from runner.data.order import Order
 from runner.data.stream import StreamLoader, StreamOrder, Told, is_stream, length_of
-from runner.errors import RunnerError
+from runner.errors import Follows
+from runner.signals import Interrupted
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,12 @@ class Remote:
 
 @dataclass(frozen=True)
 class _Failed:
-    """Sent instead of batches where the first process could not read them."""
+    """Sent instead of batches where the first process could not read them, or a signal ended its wait for them."""
+
+    signal: int | None = None
 
 
-class NotRead(RunnerError):
+class NotRead(Follows):
     """Raised in the other processes where the first one could not read the data, and raises why."""
 
 
@@ -102,12 +105,14 @@ class MainLoader:
             if steps is not None:
                 try:
                     sent = self._dealt(step, next(steps, None))
-                except Exception:
+                except (Exception, Interrupted) as error:
                     # Told to the others before it is raised: they wait for this step.
-                    scatter([_Failed()] * self._readers)
+                    scatter([_Failed(error.number if isinstance(error, Interrupted) else None)] * self._readers)
                     raise
             found = scatter(sent)
             if isinstance(found, _Failed):
+                if found.signal is not None:
+                    raise Interrupted(found.signal)
                 raise NotRead("the first process could not read the data")
             if found is None:
                 return

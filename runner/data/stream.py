@@ -26,7 +26,7 @@ from runner.data.loader import (
     shares,
     to_device,
 )
-from runner.errors import InputError, RunnerError, wrong
+from runner.errors import Follows, InputError, wrong
 from runner.signals import in_worker
 
 _log = logging.getLogger("runner")
@@ -409,7 +409,7 @@ def agree(samples: int | None) -> None:
     if samples is None:
         return
     if failed:
-        raise RunnerError("another process could not read its data")
+        raise Follows("another process could not read its data")
     if distributed.world_size() * squares != total * total:
         raise wrong(
             "data",

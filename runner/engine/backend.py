@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +89,8 @@ class Backend(ABC):
     name: str
     #: Whether it needs a process group even for one process.
     grouped = False
+    #: The optimizers of torch that it can step in one kernel (fused); None for all that have one.
+    fused: Collection[str] | None = None
     model: nn.Module
     handle: Handle
     #: The loss scaling; None where the backend's library keeps its own.

@@ -60,7 +60,8 @@ class Engine:
         self._reader = backend.mesh.data_rank
         self._plain = not backend.precision.autocast and backend.precision.param_dtype is torch.float32
         self._factor: tuple[Any, Tensor] = (None, torch.zeros(()))
-        #: Flags of the last exchange on their way to the host, where that is not the device.
+        #: Whether an exchange gives the flags of the one before; those of the last one are on their way to the host.
+        self.flags_late = backend.device.type == "cuda"
         self._flags: tuple[Tensor, Any] | None = None
 
     def prepare(self, build_model: BuildModel, build_optimizer: BuildOptimizer) -> None:
@@ -147,7 +148,7 @@ class Engine:
 
     def _on_host(self, flags: Tensor) -> list[float]:
         """The flags as numbers: of this exchange on a CPU, else of the one before."""
-        if self.device.type != "cuda":
+        if not self.flags_late:
             return flags.tolist()
         before = self._flags
         copy_, ready = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True), torch.cuda.Event()

@@ -49,6 +49,8 @@ class FSDP(Single):
     name = "fsdp"
     grouped = True
     most_processes = None
+    # torch's fused kernels of other optimizers do not take DTensors.
+    fused = frozenset({"Adam", "AdamW"})
 
     def __init__(
         self,
@@ -99,6 +101,7 @@ class FSDP(Single):
         return self._placed(Built(model, whole="the model was there already"))
 
     def drive(self, optimizer: torch.optim.Optimizer) -> Handle:
+        _refuse_fused(optimizer)
         group = self.device_mesh.get_group("shard") if self.mesh.shards > 1 else None
         return ShardedHandle(optimizer, self.scaler, self.device, group)
 
@@ -107,7 +110,8 @@ class FSDP(Single):
     ) -> tuple[list[nn.Module], list[Handle]]:
         placed = []
         for optimizer in optimizers:
-            plain_step(optimizer)  # what it refuses is refused before anything is placed
+            plain_step(optimizer)  # what is refused is refused before anything is placed
+            _refuse_fused(optimizer)
         for model in models:
             before = {name: weakref.ref(p) for name, p in _named(model).items()}
             model = self.place(model)
@@ -331,6 +335,15 @@ class FSDP(Single):
         if whole:
             words.append(f"whole on every process: {', '.join(whole[:5])}{', ...' if len(whole) > 5 else ''}")
         self._decisions.append("; ".join(words))
+
+
+def _refuse_fused(optimizer: torch.optim.Optimizer) -> None:
+    """Raises InputError for a fused optimizer of torch's that would fail at its first step."""
+    kind = type(optimizer)
+    ours = kind.__module__.startswith("torch.optim") and kind.__name__ not in FSDP.fused
+    if ours and optimizer.defaults.get("fused"):
+        why = f"torch's fused {kind.__name__} cannot step weights of which each process holds its rows"
+        raise wrong("optimizer.fused", why, "leave it out", value=True)
 
 
 def _give_back_freed_memory() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -50,8 +50,15 @@ def parameter_groups(model: nn.Module, no_decay: Sequence[str]) -> list[dict[str
     return [*groups, {"params": free, "weight_decay": 0.0}] if free else groups
 
 
-def fused_by_default(factory: Callable[..., Any], given: Sequence[str], device: torch.device) -> dict[str, bool]:
-    """{"fused": True} where torch's own optimizer offers it on this device and the user chose no implementation."""
+def fused_by_default(
+    factory: Callable[..., Any], given: Sequence[str], device: torch.device, able: Collection[str] | None = None
+) -> dict[str, bool]:
+    """{"fused": True} where torch's own optimizer offers it on this device and the user chose no implementation.
+
+    `able` are the only optimizers that the backend steps fused; None for all.
+    """
+    if able is not None and getattr(factory, "__name__", None) not in able:
+        return {}
     if not getattr(factory, "__module__", "").startswith("torch.optim") or device.type not in _FUSED_DEVICES:
         return {}
     if {"fused", "foreach", "differentiable", "capturable"} & set(given):

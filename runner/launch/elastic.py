@@ -129,7 +129,7 @@ def _signals(folder: Path) -> Iterator[_Got]:
             (folder / SIGNAL).write_text(str(number))  # for those that are about to start
             pids = _pids(folder)
             if not pids:
-                os.write(2, b"\ninterrupted before the first step: nothing to save\n")
+                os.write(2, b"\ninterrupted before the first step: nothing to save; the same command starts again\n")
                 shutil.rmtree(folder, ignore_errors=True)
                 os._exit(exit_code(number))
             for pid in pids:

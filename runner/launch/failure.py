@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner.console import say, scrub
 from runner.distributed import Ranks
-from runner.errors import Elsewhere, InputError, Mark, Problem, RunnerError
+from runner.errors import Follows, InputError, Mark, Problem, RunnerError
 from runner.launch.report import FAILURE, RUN, Report, file_of
 from runner.recipe.problems import render
 
@@ -180,10 +180,12 @@ def failures(report: Report | Path) -> list[Failure]:
 
 
 def is_secondary(error: BaseException) -> bool:
-    """Whether an error says only that another process has ended."""
-    if isinstance(error, Elsewhere):
+    """Whether an error says only that another process has ended, or came of one that does."""
+    if isinstance(error, Follows):
         return True
-    if isinstance(error, RunnerError) or not isinstance(error, (RuntimeError, ValueError)):
+    if isinstance(error, RunnerError) and not isinstance(error, InputError):
+        return error.__cause__ is not None and is_secondary(error.__cause__)
+    if isinstance(error, InputError) or not isinstance(error, (RuntimeError, ValueError)):
         return False
     return _GONE.search(str(error)) is not None
 

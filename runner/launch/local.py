@@ -65,7 +65,7 @@ def supervise(work: str, plan: WorkPlan, nproc: int) -> int:
                     return _show(replace(cause, error=why), node.plan, report)
                 if attempt == most or cause.problems or heard.received is not None:
                     if attempt and not cause.problems:
-                        cause = replace(cause, error=f"{cause.error} (after {attempt} restarts)")
+                        cause = replace(cause, error=f"{cause.error} (after restart {attempt})")
                     return _show(cause, node.plan, report)
                 again = told_run(report).get("folder") or plan.again
                 _tell_restart(attempt + 1, most, cause, where, again)

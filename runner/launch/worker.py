@@ -184,7 +184,7 @@ def leave_on_signals(*, speaks: bool = True) -> dict[signal.Signals, Any]:
     def leave_at_once(number: int, frame: Any) -> None:
         if speaks:
             with suppress(OSError):  # the terminal may have gone
-                os.write(2, b"\ninterrupted before the first step: nothing to save\n")
+                os.write(2, b"\ninterrupted before the first step: nothing to save; the same command starts again\n")
         os._exit(exit_code(number))
 
     try:

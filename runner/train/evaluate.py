@@ -38,7 +38,7 @@ def evaluate(run: Run, steps: int | None = None) -> dict[str, Any] | None:
         try:
             for batches, real in run.eval_data.steps(0, steps or order.steps_per_epoch):
                 beat(EVALUATION, step)
-                if _ending(run):
+                if run.ends_now():
                     return None
                 shown = [_one(run, batch, sums, meters) for batch in batches[:real]]
                 for batch in batches[real:]:
@@ -48,20 +48,11 @@ def evaluate(run: Run, steps: int | None = None) -> dict[str, Any] | None:
                 done += 1
         except Interrupted:
             # While data were waited for; the other processes hear of it where they look as well.
-            _ending(run)
+            run.ends_now()
             return None
         finally:
             model.train(was_training)
     return {"samples": order.samples(done), **sums.means(), **meters.results()}
-
-
-def _ending(run: Run) -> bool:
-    """Whether a signal ends the evaluation: any process's, once all know of it."""
-    if run.engine.mesh.data_size > 1:
-        flags = torch.tensor(run.asked).int()
-        terminated, interrupted = distributed.total(flags).tolist()
-        run.agree(terminated, interrupted, 0)
-    return run.ending is not None
 
 
 def _one(run: Run, batch: Any, sums: Sums, meters: Meters) -> Any:

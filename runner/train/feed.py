@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 from runner.heartbeat import DATA, TRAIN
-from runner.signals import Interrupted
+from runner.signals import Interrupted, patient
 from runner.train.run import Run
 
 
@@ -55,8 +56,11 @@ class Feed:
         if not self._early:
             return 0
         self._ahead = True
+        # Where the others hear of a signal a step late, they count on this step's batches.
+        wait = patient() if self._run.engine.flags_late else nullcontext()
         try:
-            self._next = self._fetch()
+            with wait:
+                self._next = self._fetch()
             return 0 if self._next is None else self._weigh(self._next)
         except Interrupted:
             self._next = None  # all agree in this step's exchange that it is the last one
@@ -67,13 +71,14 @@ class Feed:
             return 0
 
     def _first(self) -> Any:
-        """A step's batches when its turn comes; None where a signal ended the wait, and no other process waits."""
+        """A step's batches when its turn comes; None, on all processes, where a signal ended the wait of one."""
         try:
-            return self._fetch()
+            batches = self._fetch()
         except Interrupted:
-            if self._early:
-                raise
-            return None
+            batches = None
+        # Nothing else tells the other processes, which would wait for this one's weight.
+        ended = self._early and self._run.ends_now()
+        return None if ended else batches
 
     def _fetch(self) -> Any:
         self._beat(DATA, self._step + 1)

@@ -171,6 +171,8 @@ def evaluate_now(run: Run) -> None:
 
 def save_now(run: Run, *, last: bool = False) -> None:
     """Saves a checkpoint of this step; the hooks are told once it is complete."""
+    # The one before is told of also where this one turns out not to be saved.
+    _tell_saved(run, saving.landed(run, wait=True))
     _tell_saved(run, saving.save(run, last=last))
 
 

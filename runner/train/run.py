@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from runner import distributed
 from runner.checkpoint import Checkpointer
 from runner.data.reading import AnyLoader
 from runner.engine.backend import Update
@@ -181,6 +183,13 @@ class Run:
             self.save_soon()
         if self.in_flight and (failed or written == self.engine.mesh.data_size):
             self.save_ended = True
+
+    def ends_now(self) -> bool:
+        """Whether a signal to any process ends the training: asked where there is no exchange, by all together."""
+        if self.engine.mesh.data_size > 1:
+            terminated, interrupted = distributed.total(torch.tensor(self.asked).int()).tolist()
+            self.agree(terminated, interrupted)
+        return self.ending is not None
 
     # Loss, metrics and progress are the same on all processes, so what follows from them alone is asked for by all of
     # them at the same step. What only one process knows must not reach these three.

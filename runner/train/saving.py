@@ -15,12 +15,15 @@ from runner.train.step import settle
 
 _log = logging.getLogger("runner")
 
+#: Seconds for a checkpoint that is being written when one of several processes fails.
+_MOMENT = 3.0
+
 
 def save(run: Run, *, last: bool = False) -> list[Path]:
     """Saves a checkpoint of this step, in the background where that is wanted, unless it is the `last`.
 
-    Returns the checkpoints that are complete now and that nobody was told of. Raises TrainingStopped where it cannot
-    be written and that is not to be borne, and as `settle` and `check_weights` do.
+    None may be in flight. Returns the checkpoint if it is complete now. Raises TrainingStopped where it cannot be
+    written and that is not to be borne, and as `settle` and `check_weights` do.
     """
     run.saving_asked = False
     settle(run)
@@ -29,7 +32,7 @@ def save(run: Run, *, last: bool = False) -> list[Path]:
     step, started = run.progress.step, time.perf_counter()
     run.folder.state("saving", step=step)
     run.heartbeat.beat(SAVING, step)
-    found = landed(run, wait=True)
+    found: list[Path] = []
     if check_weights(run):
         # What a crash leaves of the records must have at least those up to the checkpoint.
         run.trackers.flush()
@@ -41,7 +44,7 @@ def save(run: Run, *, last: bool = False) -> list[Path]:
                 wait=last or not run.settings.saves_async,
             )
             run.saved_at, run.in_flight = step, path is None
-            found += [] if path is None else [path]
+            found = [] if path is None else [path]
         except SaveFailed as error:
             _failed(run, error, last)
     run.paused_seconds += time.perf_counter() - started
@@ -58,14 +61,17 @@ def landed(run: Run, *, wait: bool = False) -> list[Path]:
     """
     if not run.in_flight or run.checkpointer is None:
         return []
-    alone = run.engine.mesh.data_size == 1
+    alone, started = run.engine.mesh.data_size == 1, time.perf_counter()
     if not (wait or alone or run.save_ended):
         return []
+    if wait:
+        run.heartbeat.beat(SAVING, run.progress.step)
     try:
         run.written += run.checkpointer.poll() if alone and not wait else run.checkpointer.finish()
     except SaveFailed as error:
         run.in_flight = run.save_ended = False
         _failed(run, error)
+    run.paused_seconds += time.perf_counter() - started
     found, run.written = run.written, []
     if found or wait:
         run.in_flight = run.save_ended = False
@@ -73,13 +79,19 @@ def landed(run: Run, *, wait: bool = False) -> list[Path]:
 
 
 def leave(run: Run, error: BaseException) -> list[Path]:
-    """As `landed` with `wait`, for the end of a training that has failed already, where that needs nobody who is lost.
+    """As `landed` with `wait`, for the end of a training that has failed already.
 
-    Nothing is raised: the error that ends the training is the one to be told.
+    Several processes of which one has failed cannot agree any more; each lets its own part be written, for a moment,
+    while the others still live, and nobody is told. Nothing is raised: the error that ends the training is the one to
+    be told.
     """
+    if run.checkpointer is None:
+        return []
+    if run.engine.mesh.data_size > 1 and not isinstance(error, TrainingStopped):
+        run.checkpointer.close(_MOMENT)
+        return []
     try:
-        together = run.engine.mesh.data_size == 1 or isinstance(error, TrainingStopped)
-        return landed(run, wait=True) if together else []
+        return landed(run, wait=True)
     except RunnerError as also:
         _log.warning("%s", also)
         return []

@@ -98,7 +98,7 @@ def test_a_rank_that_is_killed(tmp_path: Path, ended: Any) -> None:
 
 def test_wrong_input_of_several_processes_is_told_once(tmp_path: Path, ended: Any) -> None:
     code, out, err = ended(begin(tmp_path, *TWO, "+model.nonsense=3"))
-    assert (code, out) == (2, "")
+    assert (code, out) == (2, ""), err
     assert err.startswith("1 problem in the configuration\n")
     assert err.count("nonsense") == 1
     assert not (tmp_path / "r").exists()

@@ -98,9 +98,19 @@ def test_a_finished_run_says_so(cli: Cli, tmp_path: Path, capsys: pytest.Capture
     told = summary(tmp_path / "r")
     capsys.readouterr()
     assert cli("+recipe=smoke", "run_dir=r") == 0
-    assert "already complete: 16 steps" in capsys.readouterr().out
+    assert "already complete: 16 steps; a larger train.steps or train.epochs extends it" in capsys.readouterr().out
     assert (tmp_path / "r" / "metrics.jsonl").read_bytes() == before
     assert summary(tmp_path / "r") == told
+
+
+def test_a_run_without_a_checkpoint_begins_anew_and_says_so(
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli("+recipe=smoke", "run_dir=r", "train.steps=4", "checkpoint=none") == 0
+    assert "begins   anew" not in capsys.readouterr().out
+    assert cli("+recipe=smoke", "run_dir=r", "train.steps=6") == 0
+    assert "begins   anew: what ran in this folder before has left no checkpoint" in capsys.readouterr().out
+    assert [r["step"] for r in records(tmp_path / "r", "train")] == [2, 4, 6]
 
 
 def test_another_run_goes_on_from_a_checkpoint(cli: Cli, tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_streams_that_end_raggedly_or_break_stop_all_processes() -> None:
     assert one[0][0] == other[0][0] == "InputError"
     assert "2 samples of this step here" in one[0][1]
     assert "1 samples of this step here" in other[0][1]
-    assert one[1] == ("RunnerError", "another process could not read its data")
+    assert one[1] == ("Follows", "another process could not read its data")
     assert other[1] == ("OSError", "the disk is gone")
     for number in (2, 3):
         assert one[number] == ("OSError", "the disk is gone")

@@ -17,6 +17,7 @@ from runner import distributed
 from runner.engine.fsdp import FSDP
 from runner.engine.mesh import Mesh
 from runner.engine.model_state import ModelState, OptimizerState
+from runner.engine.optimizer import fused_by_default
 from runner.engine.precision import PRECISIONS
 from runner.errors import InputError
 
@@ -266,6 +267,39 @@ def test_models_and_optimizers_that_exist() -> None:
         assert found["worst"] < 1e-5
         assert found["groups"] == [18, 1]
         assert "shares the parameter held" in found["shared"]
+
+
+def stepped(kind: type[torch.optim.Optimizer], **options: Any) -> float:
+    """The worst difference of three steps to those of a plain loop, with the implementation that a recipe gets."""
+    torch.manual_seed(0)
+    twin = nn.Linear(6, 4)
+    plain = kind(twin.parameters(), lr=0.1, **options)
+    options = {**fused_by_default(kind, list(options), CPU, FSDP.fused), **options}
+    made = engine("fsdp")
+    made.prepare(lambda: copy.deepcopy(twin), lambda model: kind(model.parameters(), lr=0.1, **options))
+    for _ in range(3):
+        twin(torch.ones(2, 6)).sum().backward()
+        made.backward(made.forward(torch.ones(2, 6)).sum(), None)
+        plain.step()
+        plain.zero_grad()
+        made.step()
+    values = whole(made.model)
+    return max((values[name] - value).abs().max().item() for name, value in twin.state_dict().items())
+
+
+def all_stepped() -> dict[str, Any]:
+    sgd, adagrad, adamw = torch.optim.SGD, torch.optim.Adagrad, torch.optim.AdamW
+    return {
+        "worst": max(stepped(sgd, momentum=0.9), stepped(adagrad), stepped(adamw), stepped(adamw, fused=True)),
+        "refused": [refusal(lambda: stepped(sgd, fused=True)), refusal(lambda: stepped(adagrad, fused=True))],
+    }
+
+
+def test_optimizers_whose_fused_kernels_take_no_shards() -> None:
+    for found in run_ranks(all_stepped, 2):
+        assert found["worst"] < 1e-6
+        for words, kind in zip(found["refused"], ("SGD", "Adagrad"), strict=True):
+            assert words.startswith(f"optimizer.fused: torch's fused {kind} cannot step")
 
 
 # Before a model exists ------------------------------------------------------------------------------------------------

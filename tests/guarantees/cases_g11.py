@@ -10,7 +10,8 @@ from pathlib import Path
 
 from guarantees.supervised import WORDS, Program, held, require, slack
 
-MOMENTS = ("step", "start", "data", "evaluation", "save", "second")
+#: `dealt`: the first process waits for the data of all.
+MOMENTS = ("step", "start", "data", "evaluation", "save", "second", "dealt")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 TARGETS = ("parent", "rank0", "rank1")
 #: A step of 0.1 s, a save of a small model, two seconds.
@@ -47,8 +48,9 @@ def run(case: Case, folder: Path) -> str | None:
 def _run(case: Case, folder: Path) -> None:
     words = [*WORDS, f"launch.nproc_per_node={case.nproc}", "hooks.slow={_target_: trouble.Slow}", "train.steps=400"]
     code = 130 if case.number == signal.SIGINT else 75
-    if case.moment == "data":
+    if case.moment in ("data", "dealt"):
         words += ["data.train={_target_: trouble.Data, what: sleep}", "data.num_workers=1", "data.eval=null"]
+        words += ["data.reader=main"] if case.moment == "dealt" else []
     if case.moment == "evaluation":
         words += ["eval.every=2", "data.eval.samples=200000", "batch.global_size=8"]
     if case.moment == "save":
@@ -59,7 +61,7 @@ def _run(case: Case, folder: Path) -> None:
             time.sleep(0.2 + 8 * case.delay)
             if case.target != "parent":
                 program.wait_for(lambda: len(program.ranks()) == 2)
-        elif case.moment == "data":
+        elif case.moment in ("data", "dealt"):
             # The worker sleeps over its sample: nothing is recorded any more.
             program.wait_for(lambda: program.records() > 0 and _stands_still(program))
         elif case.moment == "evaluation":

@@ -30,6 +30,9 @@ def cases(count: int, seed: int) -> list[Case]:
     return (everything * (count // len(everything) + 1))[:count]
 
 
+#: Killed while all write a checkpoint: that the others cannot save then is no first cause.
+WRITE = Case("write", 1, 2)
+
 _WORDS = {
     "model": ("model={{_target_: trouble.Model, rank: {rank}}}", "ValueError: boom"),
     "task": ("task={{_target_: trouble.Task, num_classes: 4, rank: {rank}}}", "ValueError: boom"),
@@ -38,6 +41,7 @@ _WORDS = {
     "save": ("hooks.bad={{_target_: trouble.SlowSave, what: error, rank: {rank}}}", "ValueError: boom"),
     "system_exit": ("hooks.bad={{_target_: trouble.Trouble, what: system_exit, rank: {rank}}}", "SystemExit: enough"),
     "exit_0": ("hooks.bad={{_target_: trouble.Trouble, what: exit_0, rank: {rank}}}", "ended with exit code 0"),
+    "write": ("hooks.bad={{_target_: trouble.LateSave, what: kill, rank: {rank}}}", "likely out of memory"),
     "kill": ("hooks.bad={{_target_: trouble.Trouble, what: kill, rank: {rank}}}", "likely out of memory"),
 }
 _KEYS = {"model": "model", "task": "task", "data": "data.train", "hook": "hooks.bad", "save": "hooks.bad"}

@@ -131,8 +131,8 @@ def _warned() -> Iterator[Case]:
 
 
 def _free() -> Iterator[Case]:
-    def one(name: str, like: str, changes: dict[str, Any]) -> Case:
-        return Case(name, "free", "", changes, like)
+    def one(name: str, like: str, changes: dict[str, Any], **more: Any) -> Case:
+        return Case(name, "free", "", changes, like, **more)
 
     yield one("name", "name small -> other", {"name": "other"})
     yield one("longer", "train.epochs 2 -> 3", {"train__epochs": 3})
@@ -155,6 +155,8 @@ def _free() -> Iterator[Case]:
     yield one("a tracker", "trackers.jsonl", {"trackers": {}})
     yield one("restarts", "launch.max_restarts 0 -> 3", {"launch__max_restarts": 3})
     yield one("backend", "backend single -> ddp", {"backend": {"name": "ddp"}})
+    yield one("threads of another world", "threads 1 -> 7", {}, outside="threads of a world")
+    yield one("trust", "trust [] -> ['mine.Net']", {"trust": ["mine.Net"]})
     yield one("weights to begin with", "init_from is not used", {"init_from": "elsewhere.safetensors"})
 
 
@@ -330,7 +332,7 @@ def _changed(case: Case, folder: Path) -> Iterator[None]:
     patches: list[Any] = [mock.patch.object(Filed, "folder", folder)]
     # Else somebody who edits the program while this runs would be found.
     patches.append(mock.patch("runner.environment._own_version", return_value="1.0"))
-    threads = 7 if case.outside == "threads" else 1
+    threads = 7 if case.outside.startswith("threads") else 1
     patches.append(mock.patch("torch.get_num_threads", return_value=threads))
     found = drift.setting
     patches.append(mock.patch.object(drift, "setting", lambda *given: _altered(case.outside, found, given)))
@@ -362,6 +364,8 @@ def _aged(outside: str, extra: dict[str, Any]) -> dict[str, Any]:
     setting = extra["setting"]
     if outside == "device":
         setting["device"] = "cuda"
+    elif outside == "threads of a world":
+        setting["world"] = 4
     elif outside == "gone":
         setting["versions"]["nosuchlib"] = "0.1"
     elif outside == "commit":

@@ -74,18 +74,29 @@ def _valid(backend: str, world: int, precision: str) -> bool:
 
 
 def cases(count: int, seed: int) -> list[Case]:
-    """Pairs that cover each two of (backend, processes, precision of either cell) together soon; then all others."""
+    """Pairs that cover each two of (backend, processes, precision of either cell) together soon; then all others.
+
+    Of pairs that cover as much, the one that keeps the fewest processes busy.
+    """
     everything = [Case(save, load) for save in cells() for load in cells()]
     random.Random(seed).shuffle(everything)
     chosen: list[Case] = []
     uncovered = {two for case in everything for two in _pairs(case)}
     rest = everything
+    there: set[Any] = set()
     while uncovered and len(chosen) < count:
-        best = max(rest, key=lambda case: len(uncovered & _pairs(case)))
+        best = max(rest, key=lambda case: (len(uncovered & _pairs(case)), -_cost(case, there)))
         chosen.append(best)
+        there |= set(enumerate(best))
         rest.remove(best)
         uncovered -= _pairs(best)
     return chosen + rest[: max(count - len(chosen), 0)]
+
+
+def _cost(case: Case, there: set[Any]) -> int:
+    """Processes times what each has to do: a cell is built once, and trained once where it saves."""
+    fresh = [two not in there for two in enumerate(case)]
+    return case.load.world * (1 + fresh[1]) + case.save.world * 2 * fresh[0]
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,6 @@ import pytest
 from guarantees.cases_g11 import Case, cases, run
 
 
-@pytest.mark.parametrize("case", cases(5, seed=0), ids=str)
+@pytest.mark.parametrize("case", [*cases(5, seed=0), Case(signal.SIGTERM, "dealt", "parent", 2, 0.0)], ids=str)
 def test_a_signal_saves_and_ends_in_time(case: Case, tmp_path: Path) -> None:
     assert run(case, tmp_path) is None

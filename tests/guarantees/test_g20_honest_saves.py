@@ -13,6 +13,7 @@ import torch
 
 from guarantees.cases_g03 import Box
 from guarantees.cases_g20 import Case, cases, run
+from guarantees.supervised import WORDS, Program
 from runner.checkpoint import Checkpointer, SaveFailed, storage
 from runner.errors import RunnerError
 
@@ -141,3 +142,31 @@ def test_a_program_that_ends_waits_for_its_save(tmp_path: Path, how: str) -> Non
     box = Box(0)
     assert Checkpointer(tmp_path, {"box": box}).load(tmp_path / "step_00000007") == {"step": 7}
     assert box.holds(7)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_when_one_of_two_processes_fails_the_save_in_flight_is_not_lost(tmp_path: Path, rank: int) -> None:
+    fails = f"hooks.bad={{_target_: trouble.Trouble, what: error, rank: {rank}, step: 5}}"
+    words = (
+        "launch.nproc_per_node=2",
+        "train.steps=20",
+        "checkpoint.every.steps=4",
+        "hooks.late._target_=trouble.LateSave",
+    )
+    seen = Program(tmp_path, (*WORDS, *words, fails)).end()
+    assert seen.code == 1
+    assert "ValueError: boom" in seen.last
+    assert [path.name for path in (seen.run / "checkpoints").iterdir()] == ["step_00000004"], seen.err
+
+
+def test_what_takes_long_is_not_waited_for_when_a_process_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    go_on, written = threading.Event(), storage._write_file
+    monkeypatch.setattr(storage, "_write_file", lambda *arguments: go_on.wait(20) and written(*arguments))
+    saver = Checkpointer(tmp_path, {"box": Box(1)})
+    saver.save(1, wait=False)
+    saver.close(0.1)
+    assert "step_00000001 was being saved, and is lost" in caplog.text
+    go_on.set()
+    assert saver.finish() == [tmp_path / "step_00000001"]

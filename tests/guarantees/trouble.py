@@ -71,6 +71,26 @@ class Slow(Hook):
         time.sleep(self.seconds)
 
 
+class LateSave(Hook):
+    """Checkpoints take a while to write, or one process has trouble at it."""
+
+    def __init__(self, seconds: float = 1.0, what: str = "", rank: int = 1) -> None:
+        self.seconds, self.what, self.rank = seconds, what, rank
+
+    def on_run_start(self, run: Run) -> None:
+        from runner.checkpoint import storage
+
+        write = storage._write_file
+
+        def late(*arguments: Any) -> Any:
+            time.sleep(self.seconds)
+            if distributed.rank() == self.rank:
+                make(self.what)
+            return write(*arguments)
+
+        storage._write_file = late
+
+
 class SlowSave(Hook):
     """Fails, or takes long, while the checkpoint is being written."""
 

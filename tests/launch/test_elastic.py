@@ -19,13 +19,19 @@ Node = Callable[..., "subprocess.Popen[str]"]
 
 MINE = """\
 import time
+from pathlib import Path
 from runner import distributed
 from runner.train.hook import Hook
 
 
 class Bad(Hook):
+    def __init__(self, once=False):
+        self.once = once
+
     def on_step_end(self, run):
-        if distributed.rank() == 1 and run.progress.step == 3:
+        again = self.once and Path("failed").exists()
+        if distributed.rank() == 1 and run.progress.step == 3 and not again:
+            Path("failed").touch()
             raise ValueError("boom")
 
 
@@ -113,6 +119,20 @@ def test_both_nodes_tell_the_first_error(node: Node) -> None:
         assert process.returncode == 1, err
         assert err.rstrip().splitlines()[-1].startswith("error: smoke failed after step 3: rank 1 on "), err
         assert err.rstrip().endswith(": ValueError: boom (in hooks.bad)")
+
+
+def test_a_restart_goes_on_in_the_folder_of_the_first_attempt(node: Node, tmp_path: Path) -> None:
+    words = ("launch.max_restarts=2", "checkpoint.every.steps=2", "checkpoint.async=false", "log.every=1")
+    words = (*words, "hooks.bad={_target_: mine.Bad, once: true}")
+    first, second = node(0, *words), node(1, *words)
+    for process in (first, second):
+        _, err = process.communicate(timeout=150)
+        assert process.returncode == 0, err
+    (folder,) = [path for path in (tmp_path / "runs").iterdir() if not path.is_symlink()]
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [record["step"] for record in records if record["split"] == "train"]
+    assert steps == list(range(1, len(steps) + 1))
+    assert "after step 2, from" in (folder / "logs" / "main.log").read_text()
 
 
 def test_a_signal_to_one_node_ends_both_in_order(node: Node, tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from runner.data.main import NotRead
 from runner.distributed import Ranks
-from runner.errors import Elsewhere, InputError, Problem
+from runner.errors import Elsewhere, InputError, Problem, RunnerError
 from runner.launch import processes
 from runner.launch.devices import cuda_count
 from runner.launch.elastic import interface_of, own_address
@@ -301,14 +302,27 @@ def test_a_record_of_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     record(plan(report=str(tmp_path / "gone")), ranks, ValueError("x"), 1)  # nowhere to write: no second error
 
 
+def because(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+GONE = RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
+
+
 @pytest.mark.parametrize(
     ("error", "secondary"),
     [
-        (RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1"), True),
+        (GONE, True),
+        (because(RunnerError("stopped"), because(RunnerError("could not be saved"), GONE)), True),
+        (because(RunnerError("stopped"), ValueError("boom")), False),
+        (because(InputError(Problem("a", "why", "fix")), GONE), False),
+        (RunnerError("stopped"), False),
         (RuntimeError("[1] is setting up NCCL communicator … Socket Timeout"), True),
         (RuntimeError("wait timeout after 300000ms, keys: /x"), True),
         (RuntimeError("Timed out waiting 1800000ms for recv operation to complete"), True),
         (Elsewhere("told by another"), True),
+        (NotRead("the first process could not read the data"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ConnectionResetError("Connection reset by peer"), False),
         (ValueError("boom"), False),

@@ -338,13 +338,13 @@ def test_only_the_chosen_recipe_is_read(project):
 
 def test_nothing_imports_torch_and_it_is_quick(tmp_path):
     code = (
-        "import sys, time; t = time.perf_counter()\n"
+        "import sys, time; t = time.process_time()  # also true on a busy machine\n"
         "from runner.recipe.compose import compose\n"
         "from pathlib import Path\n"
         "problems = compose(['+recipe=mlp_synthetic', 'precision=bf16'], directory=Path.cwd()).check()\n"
         "assert not problems, problems\n"
         "assert 'torch' not in sys.modules and 'rich' not in sys.modules\n"
-        "print(time.perf_counter() - t)\n"
+        "print(time.process_time() - t)\n"
     )
 
     def run() -> float:

@@ -185,6 +185,22 @@ def test_what_is_in_flight_when_a_hook_fails_is_kept(tmp_path: Path, monkeypatch
     assert told.found == [(3, 2, True)]
 
 
+def test_what_is_in_flight_is_told_where_the_next_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    event, told = threading.Event(), Told()
+    slowly(monkeypatch, {2: event})
+
+    class Spoil(Hook):
+        def on_step_end(self, run: Run) -> None:
+            if run.progress.step == 4:
+                threading.Timer(0.3, event.set).start()
+                with torch.no_grad():
+                    next(run.engine.model.parameters()).fill_(torch.nan)
+
+    with pytest.raises(TrainingStopped, match="they were not saved"):
+        train(background(tmp_path, told, Spoil()))
+    assert told.found == [(4, 2, True)]
+
+
 def test_the_best_is_told_while_one_is_in_flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     event = threading.Event()
     slowly(monkeypatch, {2: event})
