@@ -27,6 +27,8 @@ def begin(folder: Path, *words: str, program: tuple[str, ...] = (), **variables:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # As from a terminal: a SIGHUP that whoever runs the tests ignores (nohup) would stay ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
 
 

@@ -353,7 +353,8 @@ def _tensor_metadata(entry: Entry) -> TensorStorageMetadata:
 
 
 def _alone() -> bool:
-    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    # Also in a group of one, in which torch would pickle its plan for nobody.
+    return distributed.world_size() == 1
 
 
 def _done(value: Any) -> Future[Any]:
