@@ -42,7 +42,9 @@ def _run(arguments: Sequence[str] | None, started: float) -> int:
         print(f"runner: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        said = "interrupted before anything was trained: nothing to save; the same command starts again"
+        from runner.signals import NOTHING_TO_SAVE
+
+        said = f"interrupted before anything was trained: {NOTHING_TO_SAVE}"
         print(f"\n{said}", file=sys.stderr)
         return 130
     except BrokenPipeError:

@@ -37,7 +37,7 @@ from runner.launch.watch import START, Watchdog
 from runner.launch.worker import WorkPlan, leave
 from runner.places import make_importable
 from runner.recipe.redact import redact, redact_command, secrets_of
-from runner.signals import Interrupted, Signals, end_workers, exit_code, handled
+from runner.signals import NOTHING_TO_SAVE, Interrupted, Signals, end_workers, exit_code, handled
 from runner.train.loop import train
 from runner.train.progress import Plan
 from runner.train.run import Run
@@ -93,7 +93,7 @@ def work(plan: WorkPlan, ranks: Ranks = ALONE, store: Store | None = None) -> in
             finally:
                 place.folder.unlock()
         except Interrupted as stop:
-            log.info("%s before the first step: nothing to save; the same command starts again", stop)
+            log.info("%s before the first step: %s", stop, NOTHING_TO_SAVE)
             return stop.exit_code
         except SystemExit as error:
             log.error("something that the configuration names ended the program: SystemExit(%s)", error.code)

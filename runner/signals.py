@@ -13,6 +13,9 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 PREEMPTED, INTERRUPTED = 75, 130
+
+#: What is said where a signal comes before the first step.
+NOTHING_TO_SAVE = "nothing to save; the same command starts again"
 #: SIGHUP comes when the terminal goes; `nohup` has it ignored, and so it stays.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 #: One signal for all processes of a job comes to each of them twice: from who sent it, and handed on by a parent.

@@ -6,13 +6,14 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from runner.checkpoint import Checkpointer
 from runner.data.loader import Loader
@@ -128,6 +129,35 @@ def precision_config(name: str) -> dict[str, Any]:
         "emulate": precision.emulate,
         "loss_scaling": None if scaling is None else dict(vars(scaling)),
     }
+
+
+class Stream(IterableDataset[Any]):
+    """50 samples in a row, without a place that could be saved."""
+
+    def __init__(self) -> None:
+        self.data = random_classification(50, 8, 3)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.data[i] for i in range(50))
+
+
+class Stateful(Stream):
+    """The same, and it knows where it stands."""
+
+    place = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        start, self.place = self.place, 0
+        for i in range(start, 50):
+            self.place = i + 1
+            yield self.data[i]
+        self.place = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.place = state["place"]
 
 
 class Watch(Hook):

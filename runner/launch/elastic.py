@@ -11,19 +11,19 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from runner.errors import InputError, Problem, RunnerError
 from runner.launch.failure import failures
-from runner.launch.local import Ending, tell, threads
+from runner.launch.local import Ending, heard_signals, tell, threads
 from runner.launch.processes import address
 from runner.launch.report import SIGNAL
 from runner.launch.worker import WorkPlan, command
-from runner.signals import at_once, exit_code, heard
+from runner.signals import NOTHING_TO_SAVE, exit_code
 
 #: Seconds that the agent gives the other processes of a node once one has failed.
 _GRACE = 5
@@ -39,7 +39,7 @@ def run(work: str, plan: WorkPlan, nproc: int) -> int:
         path = Path(folder, "plan.json")
         plan.save(path)
         _set_environment(plan, nproc)
-        with _signals(Path(folder)) as got:
+        with heard_signals(partial(_forward, Path(folder)), partial(_kill, Path(folder))) as got:
             endings = _launch(plan, nproc, command(work, path), Path(folder))
         if got.left is not None:
             return got.left
@@ -108,45 +108,26 @@ def _reason(error: BaseException) -> str:
 # --- signals --------------------------------------------------------------------------------------------------------
 
 
-class _Got:
-    """The first signal, and the exit code once a second one has ended it all."""
+def _forward(folder: Path, number: int, rank: int | None) -> None:
+    """Hands the first signal on to this node's processes, which leave their ids in the folder.
 
-    received: int | None = None
-    left: int | None = None
-
-
-@contextmanager
-def _signals(folder: Path) -> Iterator[_Got]:
-    """Hands signals on to this node's processes, which leave their ids in the folder; the second one kills them.
-
-    The agent would pass them to the data workers too, and kill what is still saving.
+    The agent would pass it to the data workers too, and kill what is still saving.
     """
-    got = _Got()
+    (folder / SIGNAL).write_text(str(number))  # for those that are about to start
+    pids = _pids(folder)
+    if not pids:
+        os.write(2, f"\ninterrupted before the first step: {NOTHING_TO_SAVE}\n".encode())
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(exit_code(number))
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
-    def forward(number: int, frame: Any) -> None:
-        if got.received is None:
-            got.received = number
-            (folder / SIGNAL).write_text(str(number))  # for those that are about to start
-            pids = _pids(folder)
-            if not pids:
-                os.write(2, b"\ninterrupted before the first step: nothing to save; the same command starts again\n")
-                shutil.rmtree(folder, ignore_errors=True)
-                os._exit(exit_code(number))
-            for pid in pids:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, number)
-            return
-        got.left = at_once(number)
-        for pid in _pids(folder):
-            with suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
 
-    before = {number: signal.signal(number, forward) for number in heard()}
-    try:
-        yield got
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+def _kill(folder: Path) -> None:
+    for pid in _pids(folder):
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
 
 
 def _pids(folder: Path) -> list[int]:

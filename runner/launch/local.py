@@ -109,9 +109,8 @@ class Heard:
     received: int | None = None
     left: int | None = None
 
-    def __init__(self) -> None:
-        self.forward: Callable[[int, int | None], None] = lambda number, rank: None
-        self.kill: Callable[[], None] = lambda: None
+    def __init__(self, forward: Callable[[int, int | None], None], kill: Callable[[], None]) -> None:
+        self.forward, self.kill = forward, kill
         self._of_child = 0.0
 
     def __call__(self, number: int, frame: Any = None) -> None:
@@ -130,9 +129,11 @@ class Heard:
 
 
 @contextmanager
-def heard_signals() -> Iterator[Heard]:
+def heard_signals(
+    forward: Callable[[int, int | None], None] = lambda number, rank: None, kill: Callable[[], None] = lambda: None
+) -> Iterator[Heard]:
     """Hears the signals that end a run, where this is the main thread; else they belong to somebody else."""
-    found = Heard()
+    found = Heard(forward, kill)
     try:
         before = {number: signal.signal(number, found) for number in heard()}
     except ValueError:
@@ -348,8 +349,8 @@ class Node:
             return found
         others = failures(self._report)
         silent = self._failure(found.rank, _silence(found))
-        if any(other.told for other in others):
-            told, go_on = next((other.told, other.go_on) for other in others if other.told)
+        told, go_on = _told_by(others)
+        if told:
             silent = replace(silent, told=told, go_on=go_on)
         return replace(silent, time=found.time)
 
@@ -425,11 +426,15 @@ def tell(plan: WorkPlan, endings: list[Ending], received: int | None, world: int
     if isinstance(found, int):
         return found
     if isinstance(found, Ending):
-        others = failures(report)
-        told, go_on = next(((each.told, each.go_on) for each in others if each.told), (None, None))
+        told, go_on = _told_by(failures(report))
         host = socket.gethostname()
         found = Failure(found.rank, world, host, found.time, 1, _silence(found), told=told, go_on=go_on)
     return _show(found, plan, report)
+
+
+def _told_by(others: list[Failure]) -> tuple[str | None, str | None]:
+    """What failed and how to go on, as the first process says it that could say anything."""
+    return next(((other.told, other.go_on) for other in others if other.told), (None, None))
 
 
 def _interrupted(ending: Ending) -> bool:

@@ -29,7 +29,7 @@ from runner.launch.environment import Environment
 from runner.launch.failure import Failure, capture, captured, record, show
 from runner.launch.report import OUTPUT, SIGNAL, STACKS, Report, file_of
 from runner.launch.watch import answer
-from runner.signals import INTERRUPTED, PREEMPTED, SIGNALS, end_with, exit_code, heard
+from runner.signals import INTERRUPTED, NOTHING_TO_SAVE, PREEMPTED, SIGNALS, end_with, exit_code, heard
 
 
 @dataclass
@@ -184,7 +184,7 @@ def leave_on_signals(*, speaks: bool = True) -> dict[signal.Signals, Any]:
     def leave_at_once(number: int, frame: Any) -> None:
         if speaks:
             with suppress(OSError):  # the terminal may have gone
-                os.write(2, b"\ninterrupted before the first step: nothing to save; the same command starts again\n")
+                os.write(2, f"\ninterrupted before the first step: {NOTHING_TO_SAVE}\n".encode())
         os._exit(exit_code(number))
 
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,9 @@ import torch
 from small import Result, config, engine, spec
 from small import run as make_run
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 
 from guarantees.cases_g10 import cases, run_all
 from runner.data.order import Order
-from runner.data.synthetic import random_classification
 from runner.engine.precision import PRECISIONS, LossScaling
 from runner.errors import TrainingStopped
 from runner.recipe.validate import validate
@@ -171,7 +169,7 @@ EMA = spec("runner.hooks.ema.EMA", decay=0.5)
 def test_rollback_goes_back_in_the_data(job: Job, kind: str, workers: int) -> None:
     data = {**config()["data"], "num_workers": workers}
     if kind == "stream":
-        data["train"] = spec("guarantees.test_g10_not_finite.Stream")
+        data["train"] = spec("small.Stateful")
     settings = {**HARD, "data": data, "train": {"epochs": None, "steps": 9}}
     back = job("back", **settings, nan="rollback", hooks=hooks(nan=nan(5, 8)))
     skip = job("skip", **settings, nan="skip", hooks=hooks(nan=nan(5, 8)))
@@ -180,26 +178,6 @@ def test_rollback_goes_back_in_the_data(job: Job, kind: str, workers: int) -> No
         assert torch.equal(back.watch.weights[name], value), name
     if kind == "stream":
         assert [line["positions"] for line in journal(back)] == [[0, 32, 40], [1, 0, 8]]
-
-
-class Stream(IterableDataset[Any]):
-    """50 samples with a place of its own that can be saved."""
-
-    def __init__(self) -> None:
-        self.data, self.place = random_classification(50, 8, 3), 0
-
-    def __iter__(self) -> Iterator[Any]:
-        start, self.place = self.place, 0
-        for i in range(start, 50):
-            self.place = i + 1
-            yield self.data[i]
-        self.place = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"place": self.place}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.place = state["place"]
 
 
 def test_rollback_begins_with_a_checkpoint_of_the_start(job: Job) -> None:
