@@ -26,7 +26,7 @@ from benchmarks.processes import PYTHON, ROOT, machine, timed
 #: Four layers of 2,828 x 2,828: 32 M parameters, 384 MB with AdamW's two moments.
 WIDTH, LAYERS = 2828, 4
 #: Steps of a run, those before the clock starts, and how often is saved.
-STEPS, FIRST, EVERY = 61, 10, 10
+STEPS, FIRST, EVERY = 111, 10, 10
 
 CLOCK = """import json, time
 from runner.train.hook import Hook
@@ -85,7 +85,7 @@ def slowdown(options: argparse.Namespace) -> None:
 
 
 def _seconds_a_step(batch: int, words: list[str]) -> float:
-    """From the end of step 10 to the end of step 60: five saves are begun in between."""
+    """From the end of step 10 to the end of step 110: ten saves are begun in between, the first of a run among them."""
     layers = [f"{{_target_:torch.nn.Linear,in_features:{WIDTH},out_features:{WIDTH}}}"] * LAYERS
     model = f"model={{_target_:torch.nn.Sequential,_args_:[{','.join(layers)}]}}"
     data = f"{{_target_:runner.data.synthetic.random_classification,samples:{batch * 4},features:{WIDTH},classes:10}}"

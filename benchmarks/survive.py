@@ -1,7 +1,8 @@
 """The long form of every guarantee: cases are killed, damaged and refused by the hundred, and counted.
 
 Each guarantee with a module `tests/guarantees/cases_gNN.py` takes part. Results are appended to a JSON-lines file case
-by case; a second start goes on where the first one stopped. Only results of the code as it is now are counted.
+by case; a second start goes on where the first one stopped, as long as the code is the same. A row of the table holds
+results of one state of the code, which it names: of the state that most cases were run with.
 """
 
 from __future__ import annotations
@@ -72,23 +73,22 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
     parser.add_argument("--minutes", type=float, help="begin no case after so many minutes")
     parser.add_argument("--results", type=Path, default=Path("survive.jsonl"), help="file that results are added to")
-    parser.add_argument("--any-code", action="store_true", help="count results of other code as well")
+    parser.add_argument("--any-code", action="store_true", help="go on with results of other code; do not ask which")
     parser.add_argument("--table", action="store_true", help="print the table of what is there, and run nothing")
     parser.add_argument("--write", action="store_true", help="put the table into docs/guarantees.md")
 
 
 def main(options: argparse.Namespace) -> int:
     results = Results(options.results, None if options.any_code else code())
-    if results.others:
-        print(f"{results.others} results of other code are not counted (--any-code counts them)")
     if not options.table:
         run_all(options, results)
-    lines = list(table(results.found))
+    rows = results.rows()
+    lines = list(table(rows))
     print("\n".join(["", *lines]))
     if options.write:
         write(lines)
         print(f"\nwritten into {TABLE.relative_to(ROOT)}")
-    return 1 if any(not result["held"] for result in results.found.values()) else 0
+    return 1 if any(not result["held"] for row in rows for result in row) else 0
 
 
 def modules() -> list[str]:
@@ -110,32 +110,44 @@ def code() -> str:
 
 
 class Results:
-    """The file of results; those that count, the newest of each case."""
+    """The file of results, the newest of each case; `code` None: of any code, as if it were one."""
 
     def __init__(self, path: Path, code: str | None) -> None:
         self.path, self.code = path, code
-        self.found: dict[tuple[str, int, int, str], dict[str, Any]] = {}
-        self.others = 0
+        self.found: dict[str, dict[tuple[str, int, int, str], dict[str, Any]]] = {}
         for line in path.read_text().splitlines() if path.exists() else ():
             try:
                 result = json.loads(line)
             except ValueError:
                 continue  # cut off when the last start was ended
-            if code is None or result["code"] == code:
-                self.found[self._key(result)] = result
-            else:
-                self.others += 1
+            self._take(result)
+
+    def _take(self, result: dict[str, Any]) -> None:
+        state = "" if self.code is None else result["code"]
+        # Moved to the end: the newest comes last.
+        results = self.found[state] = self.found.pop(state, {})
+        results[self._key(result)] = result
+
+    def rows(self) -> list[list[dict[str, Any]]]:
+        """For each guarantee the results of the state of the code that has most of them; of two, the newer one."""
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for state in self.found.values():
+            for name in {result["guarantee"] for result in state.values()}:
+                row = [result for result in state.values() if result["guarantee"] == name]
+                if len(row) >= len(rows.get(name, ())):
+                    rows[name] = row
+        return [rows[name] for name in sorted(rows)]
 
     @staticmethod
     def _key(result: dict[str, Any]) -> tuple[str, int, int, str]:
         return result["guarantee"], result["seed"], result["index"], result["case"]
 
     def has(self, guarantee: str, seed: int, index: int, case: str) -> bool:
-        return (guarantee, seed, index, case) in self.found
+        return (guarantee, seed, index, case) in self.found.get(self.code or "", ())
 
     def add(self, result: dict[str, Any]) -> None:
         result["code"] = self.code or code()
-        self.found[self._key(result)] = result
+        self._take(result)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
             # A line that was cut off must not swallow the next one.
@@ -157,13 +169,13 @@ def _ends_with_newline(path: Path) -> bool:
 
 @dataclass
 class Task:
-    """One case, by its place in its module's list."""
+    """Cases by their places in their module's list: one, or as many as the module takes at once."""
 
     guarantee: str
     count: int
     seed: int
-    index: int
-    case: str
+    places: list[int]
+    cases: list[str]
 
 
 class Worker:
@@ -188,40 +200,44 @@ class Worker:
     def begin(self, task: Task) -> None:
         self.task, self.began = task, time.monotonic()
         self.folder = Path(tempfile.mkdtemp(prefix=f"survive-{task.guarantee}-"))
-        words = [task.guarantee, task.count, task.seed, task.index, str(self.folder)]
+        words = [task.guarantee, task.count, task.seed, task.places, str(self.folder)]
         self._pipe(self.process.stdin).write(json.dumps(words).encode() + b"\n")
         self._pipe(self.process.stdin).flush()
 
-    def end(self) -> dict[str, Any]:
-        """The result of the case, to be called when something can be read or the time is up."""
+    def end(self) -> list[dict[str, Any]]:
+        """The results of the cases, to be called when something can be read or the time is up."""
         assert self.task is not None
         assert self.folder is not None
+        task, self.task = self.task, None
         seconds = time.monotonic() - self.began
+        whys: list[str | None] = []
         if seconds > PATIENCE:
-            why: str | None = f"not finished in {PATIENCE:.0f} s"
+            whys = [f"not finished in {PATIENCE:.0f} s"] * len(task.cases)
             self._replace()
         elif line := self.output.readline():
-            why = json.loads(line)
+            whys = json.loads(line)
         else:
-            why = f"the process that ran it ended with {self.process.wait()}"
+            whys = [f"the process that ran it ended with {self.process.wait()}"] * len(task.cases)
             self._replace()
-        if why is None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if any(whys):
+            whys = [why and f"{why} (files: {self.folder})" for why in whys]
         else:
-            why = f"{why} (files: {self.folder})"
-        task, self.task = self.task, None
-        return {
-            "guarantee": task.guarantee,
-            "seed": task.seed,
-            "index": task.index,
-            "case": task.case,
-            "held": why is None,
-            "why": why,
-            "seconds": round(seconds, 3),
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": machine(),
-            "torch": versions(),
-        }
+            shutil.rmtree(self.folder, ignore_errors=True)
+        return [
+            {
+                "guarantee": task.guarantee,
+                "seed": task.seed,
+                "index": place,
+                "case": case,
+                "held": why is None,
+                "why": why,
+                "seconds": round(seconds / len(task.cases), 3),
+                "date": time.strftime("%Y-%m-%d"),
+                "machine": machine(),
+                "torch": versions(),
+            }
+            for place, case, why in zip(task.places, task.cases, whys, strict=True)
+        ]
 
     def _replace(self) -> None:
         self.close()
@@ -290,32 +306,34 @@ def _tasks(chosen: list[str], options: argparse.Namespace, results: Results) -> 
     for name in chosen:
         count = options.count or FIGURES.get(name, (100, "", ""))[0]
         try:
-            texts = _described(name, count, options.seed)
+            texts, at_once = _described(name, count, options.seed)
         except (subprocess.CalledProcessError, ValueError) as error:
             print(f"{name}: its cases cannot be made: {error}")
             continue
         todo = [index for index, case in enumerate(texts) if not results.has(name, options.seed, index, case)]
         print(f"{name}: {len(texts)} cases, {len(todo)} to run", flush=True)
-        for index in todo:
-            yield Task(name, count, options.seed, index, texts[index])
+        for start in range(0, len(todo), at_once):
+            places = todo[start : start + at_once]
+            yield Task(name, count, options.seed, places, [texts[place] for place in places])
 
 
-def _described(name: str, count: int, seed: int) -> list[str]:
-    """The cases of a module as text, made in a process of its own: modules import what they like."""
+def _described(name: str, count: int, seed: int) -> tuple[list[str], int]:
+    """The cases of a module as text, and how many it takes at once; in a process of its own, for what it imports."""
     words = [PYTHON, "-m", "benchmarks.survive", "--describe", name, str(count), str(seed)]
     done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    texts, at_once = json.loads(done.stdout.splitlines()[-1])
+    return texts, at_once
 
 
 def _tell(worker: Worker, results: Results) -> None:
-    result = worker.end()
-    results.add(result)
-    how = "held" if result["held"] else f"VIOLATED: {result['why']}"
-    if not result["held"] or result["seconds"] > 1.0 or result["index"] % 100 == 99:
-        print(
-            f"  {result['guarantee']} {result['index']} {result['case'][:100]}: {how} ({result['seconds']:.1f} s)",
-            flush=True,
-        )
+    for result in worker.end():
+        results.add(result)
+        how = "held" if result["held"] else f"VIOLATED: {result['why']}"
+        if not result["held"] or result["seconds"] > 1.0 or result["index"] % 100 == 99:
+            print(
+                f"  {result['guarantee']} {result['index']} {result['case'][:100]}: {how} ({result['seconds']:.1f} s)",
+                flush=True,
+            )
 
 
 # --- in a process of its own ------------------------------------------------------------------------------------------
@@ -337,7 +355,7 @@ def _text(case: Any) -> str:
 
 
 def serve() -> int:
-    """Takes cases from stdin, runs them, and writes for each what was violated, or null."""
+    """Takes cases from stdin, runs them, and writes a list of what was violated by each, or null."""
     # In order: a case that is interrupted ends what it has started.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -346,37 +364,39 @@ def serve() -> int:
     modules: dict[str, Any] = {}
     made: dict[tuple[str, int, int], list[Any]] = {}
     for line in sys.stdin.buffer:
-        name, count, seed, index, folder = json.loads(line)
-        why: str | None
+        name, count, seed, places, folder = json.loads(line)
+        whys: list[str | None]
         try:
             module = modules[name] = modules.get(name) or _module(name)
             key = (name, count, seed)
             made[key] = made.get(key) or list(module.cases(count, seed))
-            why = module.run(made[key][index], Path(folder))
+            chosen = [made[key][place] for place in places]
+            whys = [module.run(chosen[0], Path(folder))] if len(places) == 1 else module.run_all(chosen, Path(folder))
         except Exception as error:
             import traceback
 
             traceback.print_exc()
-            why = f"{type(error).__name__}: {error}"
-        words_out.write(json.dumps(why).encode() + b"\n")
+            whys = [f"{type(error).__name__}: {error}"] * len(places)
+        words_out.write(json.dumps(whys).encode() + b"\n")
         words_out.flush()
     return 0
 
 
 def describe(name: str, count: int, seed: int) -> int:
-    print(json.dumps([_text(case) for case in _module(name).cases(count, seed)]))
+    module = _module(name)
+    print(json.dumps([[_text(case) for case in module.cases(count, seed)], getattr(module, "AT_ONCE", 1)]))
     return 0
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def table(found: dict[Any, dict[str, Any]]) -> Iterator[str]:
+def table(rows: list[list[dict[str, Any]]]) -> Iterator[str]:
     """A line for each guarantee that has results."""
-    yield "| | guarantee | figure to reach | held | date | machine | versions | seconds |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for name in sorted({result["guarantee"] for result in found.values()}):
-        results = [result for result in found.values() if result["guarantee"] == name]
+    yield "| | guarantee | figure to reach | held | date | machine | versions | code | seconds |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for results in rows:
+        name = results[0]["guarantee"]
         held = sum(result["held"] for result in results)
         dates = sorted({result["date"] for result in results})
         _count, title, figure = FIGURES.get(name, (0, "", ""))
@@ -386,8 +406,7 @@ def table(found: dict[Any, dict[str, Any]]) -> Iterator[str]:
             figure,
             f"{held:,}/{len(results):,}",
             dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}",
-            "; ".join(sorted({result["machine"] for result in results})),
-            "; ".join(sorted({result["torch"] for result in results})),
+            *("; ".join(sorted({result[key] for result in results})) for key in ("machine", "torch", "code")),
             f"{sum(result['seconds'] for result in results):,.0f}",
         ]
         yield f"| {' | '.join(cells)} |"

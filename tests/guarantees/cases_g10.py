@@ -44,6 +44,8 @@ PLACES = (
     ("frozen", "end"),
 )
 POLICIES = ("stop", "skip", "rollback", "ignore")
+#: Cases that the long form gives to `run_all` at a time.
+AT_ONCE = 60
 
 
 class Case(NamedTuple):

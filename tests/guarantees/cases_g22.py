@@ -36,6 +36,9 @@ from runner.errors import InputError
 from runner.hooks.ema import EMA
 from runner.train.schedules import Schedule, cosine
 
+#: Cases that the long form gives to `run_all` at a time.
+AT_ONCE = 225
+
 CPU = torch.device("cpu")
 WORLDS, STEPS, SIZE, WORDS, WIDTH = (1, 2, 4), 2, 8, 11, 6
 MOST = max(WORLDS)
