@@ -13,8 +13,9 @@ help:
 demo: $(VENV)/.demo
 	$(BIN)/python -m runner +recipe=bert_sst2
 
+# Whole files go to one process each: what a file's tests share is made once.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check .

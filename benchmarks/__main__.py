@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
 from benchmarks import canonical, first_step, overhead, parity, repeat, saving, seeds, survive
@@ -26,6 +27,8 @@ def main() -> int:
         command = commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
         module.arguments(command)
     chosen = parser.parse_args()
+    # In order: what was started ends with the benchmark.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     return _ALL[chosen.name].main(chosen)
 
 

@@ -12,7 +12,6 @@ import sys
 import time
 import traceback
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals as Signal
 from typing import TYPE_CHECKING, Any
@@ -22,24 +21,23 @@ import yaml
 
 from runner import console, distributed
 from runner.assemble import Parts, assemble, check, check_metrics, needs_group
-from runner.checkpoint import extra_of, find, latest
 from runner.data.main import Remote
 from runner.debugging import CollectiveWatch, explain, standing
 from runner.distributed import ALONE, Ranks
-from runner.drift import Drift, compare, setting
+from runner.drift import setting
 from runner.environment import describe_later
-from runner.errors import Elsewhere, InputError, RunnerError, wrong
+from runner.errors import Elsewhere, InputError, RunnerError
 from runner.folder import Bystander, RunFolder, finite
 from runner.heartbeat import ENDING, Heartbeat
-from runner.launch.failure import Failure, is_secondary, record, redirect, show, tell_run, told_run, worded
+from runner.launch.failure import Failure, is_secondary, record, redirect, show, tell_run, worded
 from runner.launch.report import BEAT, Report, file_of
 from runner.launch.watch import START, Watchdog
 from runner.launch.worker import WorkPlan, leave
 from runner.places import make_importable
 from runner.recipe.redact import redact, redact_command, secrets_of
+from runner.resume import Place, leave_behind, place_of
 from runner.signals import NOTHING_TO_SAVE, Interrupted, Signals, end_workers, exit_code, handled
 from runner.train.loop import train
-from runner.train.progress import Plan
 from runner.train.run import Run
 
 if TYPE_CHECKING:
@@ -48,17 +46,6 @@ if TYPE_CHECKING:
 DONE, FAILED = 0, 1
 
 log = logging.getLogger("runner")
-
-
-@dataclass
-class Place:
-    """Where a job runs: its folder, the checkpoint to go on from, whether it was empty, whether nothing is left."""
-
-    folder: RunFolder
-    resume: Path | None
-    fresh: bool
-    finished: bool = False
-    drift: Drift | None = None
 
 
 def work(plan: WorkPlan, ranks: Ranks = ALONE, store: Store | None = None) -> int:
@@ -114,7 +101,7 @@ def _agreed(plan: WorkPlan, ranks: Ranks) -> tuple[Parts, Place]:
     if ranks.main:
         try:
             parts = check(plan.config, ranks)
-            place = _place(plan, parts, _again(plan, ranks))
+            place = place_of(plan, parts, ranks)
         except BaseException as error:
             refused = error
     if parts is not None and plan.config["data"]["reader"] == "main":
@@ -173,7 +160,7 @@ def _in_folder(plan: WorkPlan, parts: Parts, place: Place, ranks: Ranks, signals
         built.setting = setting(plan, parts)
         run = built
         if not fresh:
-            _leave_behind(run, resume, plan)
+            leave_behind(run, resume, plan)
             _write_inputs(plan, folder)
         if plan.run_dir is None:
             folder.link_latest()
@@ -220,95 +207,6 @@ def _in_folder(plan: WorkPlan, parts: Parts, place: Place, ranks: Ranks, signals
 
 
 # --- the folder -----------------------------------------------------------------------------------------------------
-
-
-def _finished(folder: RunFolder, length: Plan) -> bool:
-    """Whether a completed run has nothing left to do, and says so. One that stopped early is complete as well."""
-    told = folder.read_json("summary.json")
-    if not told or told.get("status") != "completed" or told.get("planned_steps", 0) < length.steps:
-        return False
-    extend = "a larger train.steps or train.epochs extends it"
-    log.info("%s is already complete: %d steps; %s", folder.path.name, told["steps"], extend)
-    return True
-
-
-def _again(plan: WorkPlan, ranks: Ranks) -> str | None:
-    """The folder that an earlier attempt of these processes has made."""
-    if plan.again is None and plan.report is not None and ranks.attempt:
-        return told_run(Report(plan.report)).get("folder")
-    return plan.again
-
-
-def _place(plan: WorkPlan, parts: Parts, again: str | None = None) -> Place:
-    """The run's folder, locked, and the checkpoint to go on from; after an earlier attempt, where that stopped."""
-    resume = plan.config["resume"]
-    named = None if resume in ("auto", "never") else find(Path(plan.directory, resume))
-    drift = None if named is None else compare(plan, parts, named)
-    if plan.run_dir is None and again is None:
-        new = RunFolder.new(Path(plan.directory, "runs"), plan.config["name"])
-        new.begin()
-        return Place(new, named, True, drift=drift)
-    path = Path(again or Path(plan.directory, plan.run_dir or ""))
-    folder = RunFolder.named(path)
-    folder.lock()
-    try:
-        return _place_in(folder, plan, parts, named, drift, again)
-    except BaseException:
-        folder.unlock()
-        raise
-
-
-def _place_in(
-    folder: RunFolder, plan: WorkPlan, parts: Parts, named: Path | None, drift: Drift | None, again: str | None
-) -> Place:
-    """The same in a folder that is named: a fresh start, or going on there."""
-    path = folder.path
-    if all(child.name.startswith(".") for child in path.iterdir()):
-        folder.begin()
-        return Place(folder, named, True, drift=drift)
-    if again is None and plan.config["resume"] == "never":
-        raise wrong(
-            "resume",
-            f"{plan.run_dir} is not empty, and never means not to go on there",
-            "name another run_dir, or say resume=auto",
-            value="never",
-        )
-    if again is None and not (path / "status.json").exists():
-        raise wrong(
-            "run_dir",
-            "is not empty and holds no run",
-            "name a run's folder, or one that is not there",
-            value=plan.run_dir,
-        )
-    if named is not None and not _repeated(plan, path, named):
-        return Place(folder, named, False, drift=drift)
-    if _finished(folder, parts.plan):
-        return Place(folder, None, False, True)
-    last = latest(path / "checkpoints")
-    return Place(folder, last, False, drift=None if last is None else compare(plan, parts, last))
-
-
-def _repeated(plan: WorkPlan, path: Path, named: Path) -> bool:
-    """Whether the newest checkpoint of a folder is what came of this command, which names one to go on from.
-
-    A scheduler repeats a command: it goes on, and does not begin again from what is named.
-    """
-    last = latest(path / "checkpoints")
-    if last is None or last.resolve() == named.resolve():
-        return last is not None
-    extra = extra_of(last)
-    made_by = extra.get("config") if isinstance(extra, dict) else None
-    return isinstance(made_by, dict) and made_by.get("resume") == plan.config["resume"]
-
-
-def _leave_behind(run: Run, resume: Path | None, plan: WorkPlan) -> None:
-    """Where the user goes back in a run: what was saved afterwards belongs to it no more."""
-    if resume is None or run.checkpointer is None or plan.config["resume"] in ("auto", "never"):
-        return
-    place = run.checkpointer.leave_behind(resume, run.progress.step)
-    if place is not None:
-        (run.folder.path / "summary.json").unlink(missing_ok=True)  # it may say that the run is complete
-        log.warning("going on from %s; the checkpoints that do not lead to it are in %s now", resume, place)
 
 
 def _write_inputs(plan: WorkPlan, folder: RunFolder) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import multiprocessing
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import connection
 from typing import Any, TypeVar
 
 PREEMPTED, INTERRUPTED = 75, 130
@@ -168,9 +170,22 @@ def in_worker(number: int = 0) -> None:
     """To be called first in a data worker (`worker_init_fn`): it ends with its training process, and by it alone."""
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
+    _nameless_sockets()
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
         end_with(parent.pid)
+
+
+def _nameless_sockets() -> None:
+    """Lets the sockets over which tensors leave this process have no place in a folder, where the system can.
+
+    Python gives them one in the temporary folder: it stays there when the process is killed, and in a folder with a
+    long name (a socket's may have 107 bytes) the worker fails in a thread of its own, and its training waits for ever.
+    Who may connect is decided by a secret of the processes' own in either case.
+    """
+    if sys.platform == "linux":
+        made = itertools.count()
+        connection.arbitrary_address = lambda family: f"\0runner-{os.getpid()}-{next(made)}"  # type: ignore[attr-defined]
 
 
 def end_workers() -> None:

@@ -28,7 +28,7 @@ FLOORS = {
         ["checkpoint", "engine", "data", "metrics", "recipe", "build", "trust", "launch", "environment"], 2
     ),
     **dict.fromkeys(["train", "tasks"], 3),
-    **dict.fromkeys(["assemble", "hooks", "trackers", "drift", "job", "api"], 4),
+    **dict.fromkeys(["assemble", "hooks", "trackers", "drift", "resume", "job", "api"], 4),
     **dict.fromkeys(["__main__", "cli"], 5),
 }
 

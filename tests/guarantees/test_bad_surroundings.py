@@ -96,6 +96,16 @@ def test_strange_names_no_home_no_input_and_few_files(tmp_path):
     assert "already complete" in again.stdout
 
 
+def test_a_temporary_folder_with_a_long_name(tmp_path):
+    """As clusters give them: no socket of a data worker could have a name in it."""
+    place = tmp_path / ("long" * 30)
+    place.mkdir()
+    done = shell(tmp_path, "RUN run_dir=r data.num_workers=2", TMPDIR=str(place))
+    assert done.returncode == 0, done.stderr
+    completed(tmp_path / "r")
+    assert [path for path in place.iterdir() if not path.name.startswith("torchinductor_")] == []
+
+
 @pytest.mark.parametrize("ending", ["| head -1", ">&-", ">&- 2>&-", "> /dev/full"])
 def test_nobody_listens(ending, tmp_path):
     told = shell(tmp_path, f"set -o pipefail; RUN run_dir=run {ending}")
