@@ -35,13 +35,23 @@ from runner.train.hook import Hook
 
 class Clock(Hook):
     def __init__(self, steps):
-        self.steps, self.times = steps, []
+        self.steps, self.times, self.latest = steps, [], 0
+
+    def on_checkpoint_saved(self, run, path):
+        self.latest = max(self.latest, run.progress.step - int(path.name[5:]))
 
     def on_step_end(self, run):
         if run.progress.step in self.steps:
             self.times.append(time.perf_counter())
             with open("clock.json", "w") as file:
-                json.dump(self.times, file)
+                json.dump([self.times, self.latest], file)
+"""
+
+
+#: Writes checkpoints through the page cache, to compare.
+CACHED = """
+from runner.checkpoint import synced
+synced._bypass = lambda handle, wanted: None
 """
 
 
@@ -49,6 +59,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", action="append", dest="parts", choices=list(PARTS), help="a part")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each kind, signals, kills")
     parser.add_argument("--batch", type=int, default=256, help="samples a step of the 32 M perceptron")
+    parser.add_argument("--cached", action="store_true", help="slowdown: write through the page cache, to compare")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
 
 
@@ -71,10 +82,14 @@ def slowdown(options: argparse.Namespace) -> None:
     """
     kinds = {"async": "checkpoint.async=true", "sync": "checkpoint.async=false"}
     ratios: dict[str, list[float]] = {kind: [] for kind in kinds}
+    with_save: dict[str, list[float]] = {kind: [] for kind in kinds}
+    without_save: dict[str, list[float]] = {kind: [] for kind in kinds}
     for number in range(options.rounds):
         for kind, word in kinds.items():
-            first, *pairs = _pairs_of_blocks(options.batch, word)
+            first, *pairs = _pairs_of_blocks(options, word)
             ratios[kind] += [a / b for a, b in pairs]
+            with_save[kind] += [a for a, _ in pairs]
+            without_save[kind] += [b for _, b in pairs]
             without = statistics.median(b for _, b in pairs)
             print(
                 f"round {number + 1}: {kind} {statistics.median(a / b for a, b in pairs):.3f}, {without / 10:.3f} s a "
@@ -83,17 +98,21 @@ def slowdown(options: argparse.Namespace) -> None:
             )
     for kind, found in ratios.items():
         low, middle, high = statistics.quantiles(found)
-        print(f"{kind}: {middle:.3f} (median of {len(found)} pairs; a half of them from {low:.3f} to {high:.3f})")
+        print(
+            f"{kind}: {middle:.3f} (median of {len(found)} pairs; a half of them from {low:.3f} to {high:.3f}), "
+            f"{sum(with_save[kind]) / sum(without_save[kind]):.3f} by the sums"
+        )
 
 
-def _pairs_of_blocks(batch: int, word: str) -> list[tuple[float, float]]:
-    """Seconds of ten steps from a save on, and of the ten after them."""
+def _pairs_of_blocks(options: argparse.Namespace, word: str) -> list[tuple[float, float]]:
+    """Seconds of ten steps from a save on, and of the ten after them, in which none may go on."""
+    batch = options.batch
     layers = [f"{{_target_:torch.nn.Linear,in_features:{WIDTH},out_features:{WIDTH}}}"] * LAYERS
     model = f"model={{_target_:torch.nn.Sequential,_args_:[{','.join(layers)}]}}"
     data = f"{{_target_:runner.data.synthetic.random_classification,samples:{batch * 4},features:{WIDTH},classes:10}}"
     last, half = EVERY * (PAIRS + 2), EVERY // 2
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        Path(folder, "clock.py").write_text(CLOCK)
+        Path(folder, "clock.py").write_text(CLOCK + (CACHED if options.cached else ""))
         command = [
             *[PYTHON, "-m", "runner", "+recipe=mlp_synthetic", model, f"data={{train:{data},eval:null}}"],
             *[f"task.num_classes={WIDTH}", f"train.steps={last}", f"batch.global_size={batch}", "eval.every=never"],
@@ -101,7 +120,9 @@ def _pairs_of_blocks(batch: int, word: str) -> list[tuple[float, float]]:
             f"hooks.clock={{_target_:clock.Clock,steps:{list(range(EVERY, last + 1, half))}}}",
         ]
         timed(command, folder, output=Path(folder, "output"))
-        times = json.loads(Path(folder, "clock.json").read_text())
+        times, latest = json.loads(Path(folder, "clock.json").read_text())
+    if latest >= half:
+        raise SystemExit(f"a save took {latest} steps: the steps without one are none; give a larger --batch")
     spans = [b - a for a, b in itertools.pairwise(times)]
     return list(zip(spans[0::2], spans[1::2], strict=True))
 

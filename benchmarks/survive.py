@@ -84,11 +84,15 @@ def main(options: argparse.Namespace) -> int:
         run_all(options, results)
     rows = results.rows()
     lines = list(table(rows))
+    now = list(results.found.get(results.code or "", {}).values())
+    for name in sorted({result["guarantee"] for result in now if not result["held"]}):
+        held = [result["held"] for result in now if result["guarantee"] == name]
+        print(f"{name}: {held.count(False)} of {len(held)} cases did not hold with the code as it is now")
     print("\n".join(["", *lines]))
     if options.write:
         write(lines)
         print(f"\nwritten into {TABLE.relative_to(ROOT)}")
-    return 1 if any(not result["held"] for row in rows for result in row) else 0
+    return 1 if any(not result["held"] for result in now) else 0
 
 
 def modules() -> list[str]:
@@ -129,12 +133,16 @@ class Results:
         results[self._key(result)] = result
 
     def rows(self) -> list[list[dict[str, Any]]]:
-        """For each guarantee the results of the state of the code that has most of them; of two, the newer one."""
+        """For each guarantee the results of the state of the code that has most of them; of two, the newer one.
+
+        A state in which something did not hold gives way only to a newer one.
+        """
         rows: dict[str, list[dict[str, Any]]] = {}
         for state in self.found.values():
             for name in {result["guarantee"] for result in state.values()}:
                 row = [result for result in state.values() if result["guarantee"] == name]
-                if len(row) >= len(rows.get(name, ())):
+                bad = [one for one in (rows.get(name, ()), row) if not all(result["held"] for result in one)]
+                if bad or len(row) >= len(rows.get(name, ())):
                     rows[name] = row
         return [rows[name] for name in sorted(rows)]
 
@@ -178,6 +186,14 @@ class Task:
     cases: list[str]
 
 
+class TogetherFailed(Exception):
+    """Cases that were run at once failed as a whole: which of them did it, only one by one can tell."""
+
+    def __init__(self, task: Task, why: str) -> None:
+        super().__init__(why)
+        self.task = task
+
+
 class Worker:
     """A process that runs one case after another; another one takes its place when it dies or hangs."""
 
@@ -205,20 +221,27 @@ class Worker:
         self._pipe(self.process.stdin).flush()
 
     def end(self) -> list[dict[str, Any]]:
-        """The results of the cases, to be called when something can be read or the time is up."""
+        """The results of the cases, to be called when something can be read or the time is up.
+
+        Raises TogetherFailed where several came to no result of their own.
+        """
         assert self.task is not None
         assert self.folder is not None
         task, self.task = self.task, None
         seconds = time.monotonic() - self.began
-        whys: list[str | None] = []
+        whys: list[str | None] | str
         if seconds > PATIENCE:
-            whys = [f"not finished in {PATIENCE:.0f} s"] * len(task.cases)
+            whys = f"not finished in {PATIENCE:.0f} s"
             self._replace()
         elif line := self.output.readline():
             whys = json.loads(line)
         else:
-            whys = [f"the process that ran it ended with {self.process.wait()}"] * len(task.cases)
+            whys = f"the process that ran it ended with {self.process.wait()}"
             self._replace()
+        if isinstance(whys, str):
+            if len(task.cases) > 1:
+                raise TogetherFailed(task, f"{whys} (files: {self.folder})")
+            whys = [whys]
         if any(whys):
             whys = [why and f"{why} (files: {self.folder})" for why in whys]
         else:
@@ -279,20 +302,27 @@ def run_all(options: argparse.Namespace, results: Results) -> None:
     print(f"{machine()}, {versions()}; results in {options.results}")
     until = time.monotonic() + options.minutes * 60 if options.minutes else float("inf")
     waiting = _tasks(chosen, options, results)
+    alone: list[Task] = []
     workers = [Worker() for _ in range(options.jobs)]
     try:
         while True:
             for worker in workers:
-                task = None if worker.task or time.monotonic() > until else next(waiting, None)
-                if task is not None:
-                    worker.begin(task)
+                if worker.task is None and time.monotonic() <= until:
+                    task = alone.pop() if alone else next(waiting, None)
+                    if task is not None:
+                        worker.begin(task)
             busy = [worker for worker in workers if worker.task]
             if not busy:
                 break
             ready, _, _ = select.select([worker.output for worker in busy], [], [], 1.0)
             for worker in busy:
                 if worker.output in ready or time.monotonic() - worker.began > PATIENCE:
-                    _tell(worker, results)
+                    try:
+                        _tell(worker, results)
+                    except TogetherFailed as failed:
+                        one, cases = failed.task, zip(failed.task.places, failed.task.cases, strict=True)
+                        print(f"  {one.guarantee}: {len(one.cases)} at once: {failed}; now one by one", flush=True)
+                        alone += [Task(one.guarantee, one.count, one.seed, [place], [case]) for place, case in cases]
     except KeyboardInterrupt:
         print("interrupted; the same command goes on")
     finally:
@@ -365,18 +395,20 @@ def serve() -> int:
     made: dict[tuple[str, int, int], list[Any]] = {}
     for line in sys.stdin.buffer:
         name, count, seed, places, folder = json.loads(line)
-        whys: list[str | None]
+        whys: list[str | None] | str
         try:
             module = modules[name] = modules.get(name) or _module(name)
             key = (name, count, seed)
             made[key] = made.get(key) or list(module.cases(count, seed))
             chosen = [made[key][place] for place in places]
             whys = [module.run(chosen[0], Path(folder))] if len(places) == 1 else module.run_all(chosen, Path(folder))
+            if len(whys) != len(places):
+                whys = f"{len(whys)} results of {len(places)} cases"
         except Exception as error:
             import traceback
 
             traceback.print_exc()
-            whys = [f"{type(error).__name__}: {error}"] * len(places)
+            whys = f"{type(error).__name__}: {error}"
         words_out.write(json.dumps(whys).encode() + b"\n")
         words_out.flush()
     return 0

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import multiprocessing
 import os
+import secrets
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import connection
+from multiprocessing import connection, resource_sharer
 from typing import Any, TypeVar
 
 PREEMPTED, INTERRUPTED = 75, 130
@@ -177,15 +177,28 @@ def in_worker(number: int = 0) -> None:
 
 
 def _nameless_sockets() -> None:
-    """Lets the sockets over which tensors leave this process have no place in a folder, where the system can.
+    """Lets the socket over which tensors leave this process have no place in a folder, where the system can.
 
-    Python gives them one in the temporary folder: it stays there when the process is killed, and in a folder with a
-    long name (a socket's may have 107 bytes) the worker fails in a thread of its own, and its training waits for ever.
-    Who may connect is decided by a secret of the processes' own in either case.
+    Python gives it one in the temporary folder: it stays there when the process is killed, and in a folder with a long
+    name (a socket's may have 107 bytes) the worker fails in a thread of its own, and its training waits for ever.
+    Only this socket, for which both sides prove that they know the processes' secret: those that trust whoever may
+    open their file (a forkserver's, CVE-2022-42919) keep it.
     """
-    if sys.platform == "linux":
-        made = itertools.count()
-        connection.arbitrary_address = lambda family: f"\0runner-{os.getpid()}-{next(made)}"  # type: ignore[attr-defined]
+    if sys.platform != "linux":
+        return
+    sharer: Any = resource_sharer._ResourceSharer  # type: ignore[attr-defined]
+    begin = sharer._start
+
+    def begin_nameless(self: Any) -> None:
+        named = connection.arbitrary_address  # type: ignore[attr-defined]
+        # Names are those of a network, in which other processes may have this one's number.
+        connection.arbitrary_address = lambda family: f"\0runner-{secrets.token_hex(16)}"  # type: ignore[attr-defined]
+        try:
+            begin(self)
+        finally:
+            connection.arbitrary_address = named  # type: ignore[attr-defined]
+
+    sharer._start = begin_nameless
 
 
 def end_workers() -> None:

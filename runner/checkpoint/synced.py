@@ -16,13 +16,15 @@ from xxhash import xxh3_128
 
 #: Bytes written at once, and those copied and hashed at once: these are still in the processor's cache when hashed.
 _WRITTEN, _COPIED = 1 << 22, 1 << 19
+#: What a file system answers that cannot write this past the page cache.
+_NOT_SO = (errno.EINVAL, errno.EOPNOTSUPP)
 
 
 class Written:
     """A file that is being written, with the size and the hash of what has gone into it so far.
 
     It is written past the page cache where the system can, which takes whole pages from memory that begins with one.
-    Nobody reads a checkpoint soon, and the cache costs more than the writing: the pages for it, a copy into them on
+    A checkpoint is seldom read soon, and the cache costs more than the writing: the pages for it, a copy into them on
     the processors that the training uses, and what other programs had there. What does not fill the memory at the end
     goes through the cache, and so does everything where the file system knows no other way.
     """
@@ -30,7 +32,9 @@ class Written:
     def __init__(self, raw: FileIO) -> None:
         self._raw = raw
         self._hash = xxh3_128()
-        self._memory = mmap.mmap(-1, _WRITTEN)
+        # Shared, so that a fork (a data worker's) while the disk reads it does not give it other pages.
+        self._memory = mmap.mmap(-1, _WRITTEN, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
+        self._may_bypass = True
         self._filled = 0
         self.size = 0
 
@@ -38,14 +42,14 @@ class Written:
         rest = memoryview(data)
         self.size += len(rest)
         while rest:
-            start, part = self._filled, rest[: min(_COPIED, _WRITTEN - self._filled)]
+            start, part = self._filled, rest[: min(_COPIED, len(self._memory) - self._filled)]
             _copy(self._memory, start, part)
             self._filled += len(part)
             # What is hashed is what will be written, whatever happens to the original meanwhile.
             self._hash.update(memoryview(self._memory)[start : self._filled])
             rest = rest[len(part) :]
-            if self._filled == _WRITTEN:
-                self._put(past_the_cache=True)
+            if self._filled == len(self._memory):
+                self._put(past_the_cache=self._may_bypass)
 
     def sync(self) -> None:
         """Everything is on the disk after this."""
@@ -62,13 +66,18 @@ class Written:
         while rest:
             try:
                 # A single system call may take less than it is given.
-                rest = rest[self._raw.write(rest) :]
+                rest = rest[self._out(rest) :]
             except OSError as error:
-                # The part that is left after such a call is not aligned any more; the cache takes any.
-                if error.errno != errno.EINVAL or not past_the_cache:
+                if error.errno not in _NOT_SO or not past_the_cache:
                     raise
+                # The file system does not mean it, or took a part and the rest is not aligned; the cache takes any.
                 past_the_cache = False
+                self._may_bypass = len(rest) < len(self._memory)
                 _bypass(self._raw.fileno(), False)
+
+    def _out(self, data: memoryview) -> int:
+        """One system call; returns how many bytes it took."""
+        return self._raw.write(data)
 
 
 def _bypass(handle: int, wanted: bool) -> None:

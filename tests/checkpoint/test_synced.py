@@ -8,6 +8,7 @@ import os
 import random
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from xxhash import xxh3_128_hexdigest
@@ -35,14 +36,21 @@ def test_a_file_holds_what_was_written(tmp_path: Path, size: int, writable: bool
     assert (file.size, file.hash) == (size, xxh3_128_hexdigest(data))
 
 
-def test_what_is_hashed_is_what_is_written(tmp_path: Path) -> None:
-    """Also where the original changes after the call."""
+def test_what_is_hashed_is_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the original changes meanwhile."""
     source = bytearray(b"a" * (5 * MIB))
+    copy = synced._copy
+
+    def copied(*arguments: Any) -> None:
+        copy(*arguments)
+        source[:] = b"b" * len(source)
+
+    monkeypatch.setattr(synced, "_copy", copied)
     with synced_file(tmp_path / "file") as file:
         file.write(memoryview(source))
-        source[:] = b"b" * len(source)
-    assert (tmp_path / "file").read_bytes() == b"a" * (5 * MIB)
-    assert file.hash == xxh3_128_hexdigest(b"a" * (5 * MIB))
+    found = (tmp_path / "file").read_bytes()
+    assert set(found) == {*b"ab"}
+    assert file.hash == xxh3_128_hexdigest(found)
 
 
 def test_nothing_is_written_in_place(tmp_path: Path) -> None:
@@ -53,25 +61,42 @@ def test_nothing_is_written_in_place(tmp_path: Path) -> None:
 
 
 class Recorded(FileIO):
-    """Notes which writes went past the cache; `refuses` those whose memory is not aligned as it wishes."""
+    """Notes which writes went past the cache (True), and how many bytes each was given.
 
-    def __init__(self, path: Path, refuses: bool = False, takes: int | None = None) -> None:
+    Such a write is answered with the error `refuses`, or takes only the first `takes` bytes and then no rest of a
+    piece, as a disk whose blocks the rest does not begin with.
+    """
+
+    def __init__(self, path: Path, refuses: int | None = None, takes: int | None = None) -> None:
         super().__init__(path, "xb")
         self.refuses, self.takes = refuses, takes
         self.seen: list[tuple[bool, int]] = []
 
     def write(self, data: memoryview) -> int:  # type: ignore[override]
-        direct = bool(fcntl.fcntl(self.fileno(), fcntl.F_GETFL) & os.O_DIRECT)
-        if direct and self.refuses:
-            raise OSError(errno.EINVAL, "Invalid argument")
+        direct = _direct(self.fileno())
         self.seen.append((direct, len(data)))
-        return super().write(data[: self.takes]) or 0
+        if direct and self.refuses is not None:
+            raise OSError(self.refuses, os.strerror(self.refuses))
+        if direct and self.takes is not None:
+            if len(data) < 4 * MIB:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            synced._bypass(self.fileno(), False)
+            taken = super().write(data[: self.takes])
+            synced._bypass(self.fileno(), True)
+            return taken
+        return super().write(data)
 
 
-def _supported(folder: Path) -> bool:
-    with open(folder / "probe", "xb") as file:
+def _direct(handle: int) -> bool:
+    return bool(fcntl.fcntl(handle, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0))
+
+
+@pytest.fixture
+def direct(tmp_path: Path) -> None:
+    with open(tmp_path / "probe", "xb") as file:
         synced._bypass(file.fileno(), True)
-        return bool(fcntl.fcntl(file.fileno(), fcntl.F_GETFL) & os.O_DIRECT)
+        if not _direct(file.fileno()):
+            pytest.skip("the file system of the temporary folder knows no O_DIRECT")
 
 
 def _written(file: Recorded, data: bytes) -> None:
@@ -81,23 +106,27 @@ def _written(file: Recorded, data: bytes) -> None:
         written.sync()
 
 
-def test_whole_pieces_go_past_the_cache(tmp_path: Path) -> None:
-    if not _supported(tmp_path):
-        pytest.skip("the file system of the temporary folder knows no O_DIRECT")
+def test_whole_pieces_go_past_the_cache(tmp_path: Path, direct: None) -> None:
     file, data = Recorded(tmp_path / "file"), random.Random(0).randbytes(8 * MIB + 5)
     _written(file, data)
     assert file.seen == [(True, 4 * MIB), (True, 4 * MIB), (False, 5)]
     assert (tmp_path / "file").read_bytes() == data
 
 
-@pytest.mark.parametrize(("refuses", "takes"), [(True, None), (False, 4097), (True, 1000)])
-def test_a_system_that_takes_less_or_refuses_gets_it_through_the_cache(
-    tmp_path: Path, refuses: bool, takes: int | None
-) -> None:
-    """A part of a piece leaves a rest that no disk takes directly; it is written all the same."""
-    size = 4 * MIB + 5 if takes is None else 4 * MIB
-    data = random.Random(1).randbytes(size)
-    _written(Recorded(tmp_path / "file", refuses, takes), data)
+@pytest.mark.parametrize("refuses", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_file_system_that_does_not_mean_it_is_asked_once(tmp_path: Path, direct: None, refuses: int) -> None:
+    file, data = Recorded(tmp_path / "file", refuses=refuses), random.Random(1).randbytes(12 * MIB)
+    _written(file, data)
+    assert file.seen == [(True, 4 * MIB), *[(False, 4 * MIB)] * 3]
+    assert (tmp_path / "file").read_bytes() == data
+
+
+def test_the_rest_of_a_piece_that_was_taken_in_part_goes_through_the_cache(tmp_path: Path, direct: None) -> None:
+    """It begins where no block does; the next piece begins with one again."""
+    file, data = Recorded(tmp_path / "file", takes=4097), random.Random(2).randbytes(8 * MIB)
+    _written(file, data)
+    rest = 4 * MIB - 4097
+    assert file.seen == [(True, 4 * MIB), (True, rest), (False, rest)] * 2
     assert (tmp_path / "file").read_bytes() == data
 
 

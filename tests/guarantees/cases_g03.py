@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from guarantees.store_children import Child, run_children
+from guarantees.store_children import Child, in_small_pieces, run_children
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,7 @@ class Box:
 def save_and_die(child: Child, place: str, event: list[int] | None, waits: bool, again: bool) -> None:
     from runner.checkpoint import Checkpointer, store
 
+    in_small_pieces(65_536)
     box = Box(0, shared=child.world > 1)
     saver = Checkpointer(Path(place), {"box": box}, keep=2)
     for step in range(1, 200):
@@ -169,5 +170,5 @@ def die_before(number: int) -> None:
 
     sys.addaudithook(hear)
     synced.os = type("counted", (), {**vars(os), "fsync": staticmethod(before(os.fsync))})  # type: ignore[attr-defined]
-    synced.Written.write = before(synced.Written.write)  # type: ignore[method-assign]
+    synced.Written._out = before(synced.Written._out)  # type: ignore[method-assign]
     store.exchange = before(store.exchange)

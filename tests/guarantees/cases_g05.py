@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from guarantees.store_children import Child, run_children
+from guarantees.store_children import Child, in_small_pieces, run_children
 
 #: How the disk refuses: no file may be longer (the kernel's limit), or the n-th byte is answered with an error.
 KINDS = ("limit", "ENOSPC", "EDQUOT", "EIO", "EROFS", "vanished", "lying")
@@ -101,6 +101,7 @@ def save_on_a_full_disk(child: Child, place: str, kind: str, victims: list[int],
     from runner import distributed
     from runner.checkpoint import Checkpointer, SaveFailed
 
+    in_small_pieces(8192)
     folder = Path(place)
     saver = Checkpointer(folder, {"shares": Shares()})
     saver.save(1)
@@ -153,19 +154,18 @@ def full(kind: str, byte: int, folder: Path) -> Iterator[None]:
         before, number = storage.free_bytes, errno.ENOENT
     else:
         before, number = storage.free_bytes, getattr(errno, kind)
-    write, remaining = synced.Written.write, [byte]
+    out, remaining = synced.Written._out, [byte]
 
-    def refuse(self: Any, data: Any) -> None:
-        if len(data) > remaining[0]:
-            write(self, memoryview(data)[: remaining[0]])
-            remaining[0] = 0
+    def refuse(self: Any, data: memoryview) -> int:
+        if not remaining[0]:
             if kind == "vanished":
                 shutil.rmtree(folder, ignore_errors=True)
             raise OSError(number, os.strerror(number))
-        remaining[0] -= len(data)
-        write(self, data)
+        taken = out(self, data[: remaining[0]])
+        remaining[0] -= taken
+        return taken
 
-    synced.Written.write = refuse  # type: ignore[method-assign]
+    synced.Written._out = refuse  # type: ignore[method-assign]
     yield
-    synced.Written.write = write  # type: ignore[method-assign]
+    synced.Written._out = out  # type: ignore[method-assign]
     storage.free_bytes = before

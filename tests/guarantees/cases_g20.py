@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from guarantees.cases_g03 import Box, left
-from guarantees.store_children import Child, run_children
+from guarantees.store_children import Child, in_small_pieces, run_children
 
 KINDS = ("changed", "failing", "killed", "one in flight", "exit waits")
 
@@ -61,6 +61,7 @@ def run(case: Case, folder: Path) -> str | None:
 def save_beside(child: Child, place: str, kind: str, where: float) -> None:
     from runner.checkpoint import Checkpointer
 
+    in_small_pieces(65_536)
     box = Box(1)
     saver = Checkpointer(Path(place), {"box": box})
     saver.save(1, {"step": 1})
@@ -97,16 +98,17 @@ def _failing(child: Child, saver: Any, box: Box, where: float) -> None:
     from runner import distributed
     from runner.checkpoint import SaveFailed, synced
 
-    write, remaining = synced.Written.write, [int(where * 900_000)]
+    out, remaining = synced.Written._out, [int(where * 900_000)]
 
-    def refuse(self: Any, data: Any) -> None:
-        remaining[0] -= len(data)
-        if remaining[0] < 0:
+    def refuse(self: Any, data: memoryview) -> int:
+        if not remaining[0]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(self, data)
+        taken = out(self, data[: remaining[0]])
+        remaining[0] -= taken
+        return taken
 
     # Replicated tensors are written by the first process: it fails, and the others hear of it.
-    synced.Written.write = refuse  # type: ignore[method-assign]
+    synced.Written._out = refuse  # type: ignore[method-assign]
     box.fill(2)
     saver.save(2, {"step": 2}, wait=False)
     until = time.monotonic() + 20
@@ -116,7 +118,7 @@ def _failing(child: Child, saver: Any, box: Box, where: float) -> None:
         time.sleep(0.001)
     if not saver.failed:
         child.say(wrong="nothing failed")
-    synced.Written.write = write  # type: ignore[method-assign]
+    synced.Written._out = out  # type: ignore[method-assign]
     try:
         saver.poll() if distributed.world_size() == 1 else saver.finish()
         child.say(wrong="the failure was not raised")

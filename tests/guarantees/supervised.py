@@ -112,13 +112,18 @@ class Program:
             time.sleep(0.02)
         if left:
             raise Broken(f"left behind: {left}")
-        files = [path.name for path in (self.folder / "tmp").iterdir() if not path.name.startswith("torchinductor_")]
+        files = [path.name for path in (self.folder / "tmp").iterdir() if not of_torch(path)]
         if files:
             raise Broken(f"files left behind: {files}")
 
     def kill(self) -> None:
         for pid in living(self.process.pid):
             os.kill(pid, signal.SIGKILL)
+
+
+def of_torch(path: Path) -> bool:
+    """An empty folder that torch makes, one for a user, in whatever program imports its compiler."""
+    return path.name.startswith("torchinductor_") and path.is_dir() and not any(path.iterdir())
 
 
 def _parent(pid: int) -> int:

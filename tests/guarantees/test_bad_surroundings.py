@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from programs import ROOT
 
+from guarantees.supervised import of_torch
 from runner.__main__ import main
 
 HOOKS = """
@@ -103,7 +104,7 @@ def test_a_temporary_folder_with_a_long_name(tmp_path):
     done = shell(tmp_path, "RUN run_dir=r data.num_workers=2", TMPDIR=str(place))
     assert done.returncode == 0, done.stderr
     completed(tmp_path / "r")
-    assert [path for path in place.iterdir() if not path.name.startswith("torchinductor_")] == []
+    assert [path for path in place.iterdir() if not of_torch(path)] == []
 
 
 @pytest.mark.parametrize("ending", ["| head -1", ">&-", ">&- 2>&-", "> /dev/full"])
