@@ -19,17 +19,17 @@ def timed(command: list[str], folder: str, *, output: Path | None = None) -> flo
     """Seconds of a command that must succeed, run in `folder`; what it prints goes to a file."""
     with output.open("w") if output else tempfile.TemporaryFile("w+") as file:
         started = time.perf_counter()
-        process = subprocess.Popen(
-            command, cwd=folder, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            check=False,
         )
-        try:
-            code = process.wait()
-        finally:
-            process.kill()
-            process.wait()
         seconds = time.perf_counter() - started
-        if code:
-            raise SystemExit(f"{' '.join(command)} ended with exit code {code}")
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)} ended with exit code {done.returncode}")
     return seconds
 
 

@@ -81,26 +81,22 @@ def slowdown(options: argparse.Namespace) -> None:
     the same computer.
     """
     kinds = {"async": "checkpoint.async=true", "sync": "checkpoint.async=false"}
-    ratios: dict[str, list[float]] = {kind: [] for kind in kinds}
-    with_save: dict[str, list[float]] = {kind: [] for kind in kinds}
-    without_save: dict[str, list[float]] = {kind: [] for kind in kinds}
+    found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
     for number in range(options.rounds):
         for kind, word in kinds.items():
             first, *pairs = _pairs_of_blocks(options, word)
-            ratios[kind] += [a / b for a, b in pairs]
-            with_save[kind] += [a for a, _ in pairs]
-            without_save[kind] += [b for _, b in pairs]
+            found[kind] += pairs
             without = statistics.median(b for _, b in pairs)
             print(
                 f"round {number + 1}: {kind} {statistics.median(a / b for a, b in pairs):.3f}, {without / 10:.3f} s a "
                 f"step without; the first save, which makes the buffers, costs {first[0] - without:.2f} s",
                 flush=True,
             )
-    for kind, found in ratios.items():
-        low, middle, high = statistics.quantiles(found)
+    for kind, pairs in found.items():
+        low, middle, high = statistics.quantiles(a / b for a, b in pairs)
         print(
-            f"{kind}: {middle:.3f} (median of {len(found)} pairs; a half of them from {low:.3f} to {high:.3f}), "
-            f"{sum(with_save[kind]) / sum(without_save[kind]):.3f} by the sums"
+            f"{kind}: {middle:.3f} (median of {len(pairs)} pairs; a half of them from {low:.3f} to {high:.3f}), "
+            f"{sum(a for a, _ in pairs) / sum(b for _, b in pairs):.3f} by the sums"
         )
 
 

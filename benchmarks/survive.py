@@ -227,7 +227,7 @@ class Worker:
         """
         assert self.task is not None
         assert self.folder is not None
-        task, self.task = self.task, None
+        task = self.task
         seconds = time.monotonic() - self.began
         whys: list[str | None] | str
         if seconds > PATIENCE:
@@ -238,6 +238,7 @@ class Worker:
         else:
             whys = f"the process that ran it ended with {self.process.wait()}"
             self._replace()
+        self.task = None  # only now: a process that is replaced in the middle of a case is ended in order
         if isinstance(whys, str):
             if len(task.cases) > 1:
                 raise TogetherFailed(task, f"{whys} (files: {self.folder})")

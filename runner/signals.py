@@ -5,13 +5,11 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
-import secrets
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import connection, resource_sharer
 from typing import Any, TypeVar
 
 PREEMPTED, INTERRUPTED = 75, 130
@@ -186,13 +184,15 @@ def _nameless_sockets() -> None:
     """
     if sys.platform != "linux":
         return
+    from multiprocessing import connection, resource_sharer
+
     sharer: Any = resource_sharer._ResourceSharer  # type: ignore[attr-defined]
     begin = sharer._start
 
     def begin_nameless(self: Any) -> None:
         named = connection.arbitrary_address  # type: ignore[attr-defined]
         # Names are those of a network, in which other processes may have this one's number.
-        connection.arbitrary_address = lambda family: f"\0runner-{secrets.token_hex(16)}"  # type: ignore[attr-defined]
+        connection.arbitrary_address = lambda family: f"\0runner-{os.urandom(16).hex()}"  # type: ignore[attr-defined]
         try:
             begin(self)
         finally:

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from guarantees.supervised import of_torch
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 
@@ -161,8 +163,7 @@ class Home:
         found = set()
         for folder, folders, files in os.walk(self.path):
             folders[:] = [name for name in folders if name != "__pycache__" and Path(folder, name) != self.run]
-            # An empty folder that torch makes, one for a user, in whatever program imports its compiler.
-            folders[:] = [name for name in folders if not _of_torch(Path(folder, name))]
+            folders[:] = [name for name in folders if not of_torch(Path(folder, name))]
             found |= {str(Path(folder, name).relative_to(self.path)) for name in (*files, *folders)}
         shared = Path("/dev/shm")
         pids = {str(pid) for pid in self.seen}
@@ -178,10 +179,6 @@ class Home:
 
 
 _RANKS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-
-
-def _of_torch(folder: Path) -> bool:
-    return folder.name.startswith("torchinductor_") and not any(folder.iterdir())
 
 
 def _parent(pid: int) -> int:
