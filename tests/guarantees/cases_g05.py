@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import random
 import resource
 import shutil
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from guarantees.store_children import Child, in_small_pieces, run_children
+from guarantees.store_children import Child, in_small_pieces, room_for, run_children
 
 #: How the disk refuses: no file may be longer (the kernel's limit), or the n-th byte is answered with an error.
 KINDS = ("limit", "ENOSPC", "EDQUOT", "EIO", "EROFS", "vanished", "lying")
@@ -136,7 +135,7 @@ def _all_is_well() -> Iterator[None]:
 @contextmanager
 def full(kind: str, byte: int, folder: Path) -> Iterator[None]:
     """A disk that refuses, for this process."""
-    from runner.checkpoint import storage, synced
+    from runner.checkpoint import storage
 
     if kind == "limit":
         # Python ignores the signal that comes with it.
@@ -145,27 +144,16 @@ def full(kind: str, byte: int, folder: Path) -> Iterator[None]:
         yield
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         return
-    if kind == "lying":
+    if kind == "vanished":
+        with room_for(byte, errno.ENOENT, lambda: shutil.rmtree(folder, ignore_errors=True)):
+            yield
+    elif kind == "lying":
         # A file system that says beforehand that there is not enough, on the rank that asks it; the other's is full.
         before = storage.free_bytes
         storage.free_bytes = lambda place: byte
-        number = errno.ENOSPC
-    elif kind == "vanished":
-        before, number = storage.free_bytes, errno.ENOENT
+        with room_for(byte):
+            yield
+        storage.free_bytes = before
     else:
-        before, number = storage.free_bytes, getattr(errno, kind)
-    out, remaining = synced.Written._out, [byte]
-
-    def refuse(self: Any, data: memoryview) -> int:
-        if not remaining[0]:
-            if kind == "vanished":
-                shutil.rmtree(folder, ignore_errors=True)
-            raise OSError(number, os.strerror(number))
-        taken = out(self, data[: remaining[0]])
-        remaining[0] -= taken
-        return taken
-
-    synced.Written._out = refuse  # type: ignore[method-assign]
-    yield
-    synced.Written._out = out  # type: ignore[method-assign]
-    storage.free_bytes = before
+        with room_for(byte, getattr(errno, kind)):
+            yield

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from guarantees.cases_g03 import Box, left
-from guarantees.store_children import Child, in_small_pieces, run_children
+from guarantees.store_children import Child, in_small_pieces, room_for, run_children
 
 KINDS = ("changed", "failing", "killed", "one in flight", "exit waits")
 
@@ -96,29 +96,19 @@ def _changed(child: Child, saver: Any, box: Box, where: float) -> None:
 def _failing(child: Child, saver: Any, box: Box, where: float) -> None:
     """The writer fails somewhere: nothing is published, it is said at the next look, and the next save is well."""
     from runner import distributed
-    from runner.checkpoint import SaveFailed, synced
-
-    out, remaining = synced.Written._out, [int(where * 900_000)]
-
-    def refuse(self: Any, data: memoryview) -> int:
-        if not remaining[0]:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        taken = out(self, data[: remaining[0]])
-        remaining[0] -= taken
-        return taken
+    from runner.checkpoint import SaveFailed
 
     # Replicated tensors are written by the first process: it fails, and the others hear of it.
-    synced.Written._out = refuse  # type: ignore[method-assign]
-    box.fill(2)
-    saver.save(2, {"step": 2}, wait=False)
-    until = time.monotonic() + 20
-    while not saver.failed and time.monotonic() < until:
-        if distributed.world_size() > 1 and saver.poll():
-            child.say(wrong="something was published")
-        time.sleep(0.001)
-    if not saver.failed:
-        child.say(wrong="nothing failed")
-    synced.Written._out = out  # type: ignore[method-assign]
+    with room_for(int(where * 900_000)):
+        box.fill(2)
+        saver.save(2, {"step": 2}, wait=False)
+        until = time.monotonic() + 20
+        while not saver.failed and time.monotonic() < until:
+            if distributed.world_size() > 1 and saver.poll():
+                child.say(wrong="something was published")
+            time.sleep(0.001)
+        if not saver.failed:
+            child.say(wrong="nothing failed")
     try:
         saver.poll() if distributed.world_size() == 1 else saver.finish()
         child.say(wrong="the failure was not raised")

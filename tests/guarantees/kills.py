@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from guarantees.supervised import of_torch
+from guarantees.supervised import of_torch, parent
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -143,7 +143,7 @@ class Home:
         living = self.living()
         workers = {pid: line for pid, line in living.items() if "runner.launch.worker" in line}
         if not workers:
-            parents = {_parent(pid) for pid in living}
+            parents = {parent(pid) for pid in living}
             return {0: min(parents & set(living) or living)} if living else {}
         found = {}
         for pid in workers:
@@ -151,7 +151,7 @@ class Home:
                 variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
                 rank = next((int(v[5:]) for v in variables if v.startswith(b"RANK=")), None)
                 # A data worker is a fork of its rank and looks like it: the oldest is the rank.
-                if rank is not None and _parent(pid) not in workers:
+                if rank is not None and parent(pid) not in workers:
                     found[rank] = pid
         return found
 
@@ -179,12 +179,6 @@ class Home:
 
 
 _RANKS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-
-
-def _parent(pid: int) -> int:
-    with suppress(OSError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return 0
 
 
 def _numbers(name: str) -> list[str]:

@@ -7,6 +7,7 @@ said is known afterwards, however the child ended.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import json
 import os
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,29 @@ def in_small_pieces(size: int) -> None:
     from runner.checkpoint import synced
 
     synced._WRITTEN, synced._COPIED = size, size // 2
+
+
+@contextlib.contextmanager
+def room_for(size: int, number: int = errno.ENOSPC, before: Callable[[], Any] = lambda: None) -> Iterator[None]:
+    """A disk that takes `size` more bytes of this process; then it does `before()` and refuses with `number`."""
+    from runner.checkpoint import synced
+
+    out, remaining = synced.Written._out, size
+
+    def refuse(self: Any, data: memoryview) -> int:
+        nonlocal remaining
+        if not remaining:
+            before()
+            raise OSError(number, os.strerror(number))
+        taken = out(self, data[:remaining])
+        remaining -= taken
+        return taken
+
+    synced.Written._out = refuse  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        synced.Written._out = out  # type: ignore[method-assign]
 
 
 def run_children(

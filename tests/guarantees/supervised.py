@@ -85,7 +85,7 @@ class Program:
     def ranks(self) -> list[int]:
         """The processes of the run: those of its parent, or the program itself."""
         found = sorted(pid for pid, line in living(self.process.pid).items() if "runner.launch.worker" in line)
-        mains = [pid for pid in found if _parent(pid) == self.process.pid]
+        mains = [pid for pid in found if parent(pid) == self.process.pid]
         return mains or [self.process.pid]
 
     def send(self, number: int, target: str) -> None:
@@ -126,7 +126,8 @@ def of_torch(path: Path) -> bool:
     return path.name.startswith("torchinductor_") and path.is_dir() and not any(path.iterdir())
 
 
-def _parent(pid: int) -> int:
+def parent(pid: int) -> int:
+    """The process that `pid` is a child of; -1 where it is gone."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
