@@ -57,7 +57,7 @@ def run(case: Case, folder: Path) -> str | None:
         for name, data in _sound(step).items():
             (store.path_of(folder, step) / name).write_bytes(data)
     good, bad = store.path_of(folder, 1), store.path_of(folder, 2)
-    harm(case, bad)
+    names = harm(case, bad)
     told = _Told()
     log = logging.getLogger("runner.checkpoint.store")
     log.addHandler(told)
@@ -67,8 +67,6 @@ def run(case: Case, folder: Path) -> str | None:
         log.removeHandler(told)
     if taken != good:
         return f"{taken} was taken"
-    # With another's manifest, it is the files that differ.
-    names = FILES if (case.kind, case.file) == ("swapped", FILES[0]) else (case.file,)
     if len(told.lines) != 1 or bad.name not in told.lines[0] or not any(name in told.lines[0] for name in names):
         return f"the line does not name file and checkpoint: {told.lines}"
     if case.kind == "flip" and "hash" not in told.lines[0] and "header" not in told.lines[0]:
@@ -97,9 +95,11 @@ class _Told(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def harm(case: Case, folder: Path) -> None:
+def harm(case: Case, folder: Path) -> tuple[str, ...]:
+    """Does it to a checkpoint, and gives the names of which what is said must hold one."""
     file = folder / case.file
     data = bytearray(file.read_bytes())
+    harmed: tuple[str, ...] = (case.file,)
     if case.kind == "flip":
         byte, bit = divmod(int(case.place * len(data) * 8), 8)
         data[byte] ^= 1 << bit
@@ -113,7 +113,7 @@ def harm(case: Case, folder: Path) -> None:
         if case.place < 0.5:
             # Renamed: all its bytes are there, under another name.
             (folder / f"{case.file}.1").write_bytes(data)
-        return
+        return (case.file,)
     else:
         # With the file of the same name of the other checkpoint, or with another one of the same.
         other = folder.with_name("step_00000001") / case.file
@@ -122,7 +122,11 @@ def harm(case: Case, folder: Path) -> None:
             twin = folder / f"rank_{1 - int(case.file[5])}.safetensors"
             data = bytearray(twin.read_bytes())
             twin.write_bytes(file.read_bytes())
+            harmed = (case.file, twin.name)
+        elif case.file == "manifest.json":
+            harmed = FILES  # it is the files that differ from what another's manifest says
     file.write_bytes(data)
+    return harmed
 
 
 @cache
