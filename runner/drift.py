@@ -118,13 +118,13 @@ def compare(plan: WorkPlan, parts: Parts, checkpoint: Path) -> Drift:
         return Drift([f"{checkpoint} does not say how it was configured: nothing was compared"])
     drift = Drift()
     now = setting(plan, parts)
-    changed = list(_differences("", complete(dict(before)), complete(redact(plan.config, plan.written))))
+    changed = _changed(plan, before)
     allowed = list(plan.config["resume_allow"])
     problems = [*_unknown(allowed, plan.config), *_too_short(plan, parts, checkpoint)]
     for key, old, new in changed:
         if _within(key, _NOT_TOLD) or (key.startswith("backend.") and then.get("backend") != now["backend"]):
             continue  # options of a backend that is another one now
-        if _within(key, _STOPS) and not _within(key, _FREE_DATA):
+        if _stops(key):
             if _within(key, allowed):
                 drift.warnings.append(f"{key} was {_shown(old)} and is {_shown(new)}: allowed, and applies")
             else:
@@ -142,6 +142,34 @@ def compare(plan: WorkPlan, parts: Parts, checkpoint: Path) -> Drift:
     if problems:
         raise InputError(*problems)
     return drift
+
+
+def compare_finished(plan: WorkPlan, before: Mapping[str, Any]) -> Drift:
+    """The same for a run that has nothing left to do, by its configuration. Nothing of what differs has an effect.
+
+    Raises InputError where another training is asked for: it would not take place, and nobody would know.
+    """
+    changed, allowed = _changed(plan, before), list(plan.config["resume_allow"])
+    problems = _unknown(allowed, plan.config)
+    told = []
+    for key, old, new in changed:
+        if _stops(key) and not _within(key, allowed):
+            why = f"was {_shown(old)} in the run that is complete there"
+            problems.append(Problem(key, why, "give back what it was, or name another run_dir", value=new))
+        elif key == "precision.name" or not _within(key, _NOT_TOLD):
+            told.append(f"{key} {_shown(old)} -> {_shown(new)}")
+    if problems:
+        raise InputError(*problems)
+    return Drift(free=[*told[:-1], f"{told[-1]} (without effect, because nothing is left to do)"] if told else [])
+
+
+def _changed(plan: WorkPlan, before: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, value before, value now) of the configuration."""
+    return list(_differences("", complete(dict(before)), complete(redact(plan.config, plan.written))))
+
+
+def _stops(key: str) -> bool:
+    return _within(key, _STOPS) and not _within(key, _FREE_DATA)
 
 
 def _stop(key: str, why: str, **value: Any) -> Problem:

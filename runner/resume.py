@@ -9,12 +9,13 @@ from pathlib import Path
 from runner.assemble import Parts
 from runner.checkpoint import extra_of, find, latest
 from runner.distributed import Ranks
-from runner.drift import Drift, compare
+from runner.drift import Drift, compare, compare_finished
 from runner.errors import wrong
 from runner.folder import RunFolder
 from runner.launch.failure import told_run
 from runner.launch.report import Report
 from runner.launch.worker import WorkPlan
+from runner.recipe.document import read
 from runner.train.progress import Plan
 from runner.train.run import Run
 
@@ -79,7 +80,7 @@ def _place_in(
         )
     if named is not None and not _repeated(plan, path, named):
         return Place(folder, named, False, drift=drift)
-    if _finished(folder, parts.plan):
+    if _finished(folder, parts.plan, plan):
         return Place(folder, None, False, True)
     last = latest(path / "checkpoints")
     return Place(folder, last, False, drift=None if last is None else compare(plan, parts, last))
@@ -105,13 +106,19 @@ def _repeated(plan: WorkPlan, path: Path, named: Path) -> bool:
     return isinstance(made_by, dict) and made_by.get("resume") == plan.config["resume"]
 
 
-def _finished(folder: RunFolder, length: Plan) -> bool:
-    """Whether a completed run has nothing left to do, and says so. One that stopped early is complete as well."""
+def _finished(folder: RunFolder, length: Plan, plan: WorkPlan) -> bool:
+    """Whether a completed run has nothing left to do, and says so. One that stopped early is complete as well.
+
+    Raises InputError where another training is asked for than the one that is complete.
+    """
     told = folder.read_json("summary.json")
     if not told or told.get("status") != "completed" or told.get("planned_steps", 0) < length.steps:
         return False
+    before = read(folder.path / "config.yaml").data
+    drift = compare_finished(plan, before) if before else Drift()
     extend = "a larger train.steps or train.epochs extends it"
     log.info("%s is already complete: %d steps; %s", folder.path.name, told["steps"], extend)
+    drift.tell()
     return True
 
 

@@ -103,6 +103,29 @@ def test_a_finished_run_says_so(cli: Cli, tmp_path: Path, capsys: pytest.Capture
     assert summary(tmp_path / "r") == told
 
 
+def test_a_finished_run_is_not_taken_for_another_one(
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder that is named twice by mistake: what is asked for would not run, and nobody would know."""
+    assert cli("+recipe=smoke", "run_dir=r", "train.steps=4", "checkpoint=none") == 0
+    told = summary(tmp_path / "r")
+    capsys.readouterr()
+    assert cli("+recipe=smoke", "run_dir=r", "train.steps=4", "checkpoint=none", "optimizer.lr=0.5", "seed=3") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "2 problems" in said
+    assert "optimizer.lr = 0.5 was 0.001 in the run that is complete there fix: give back what it was, or" in said
+    assert cli("+recipe=mlp_synthetic", "run_dir=r", "train.epochs=null", "train.steps=4") == 2
+    assert "data.train._target_" in capsys.readouterr().err
+    words = ["optimizer.lr=0.5", "resume_allow=[optimizer]", "precision=bf16", "log.every=1", "train.steps=3"]
+    assert cli("+recipe=smoke", "run_dir=r", "checkpoint=none", *words) == 0
+    said = capsys.readouterr().out
+    assert "already complete: 4 steps" in said
+    assert "optimizer.lr 0.001 -> 0.5" in said
+    assert "precision.name fp32 -> bf16" in said
+    assert "(without effect, because nothing is left to do)" in said
+    assert summary(tmp_path / "r") == told
+
+
 def test_a_run_without_a_checkpoint_begins_anew_and_says_so(
     cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
