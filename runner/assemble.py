@@ -39,6 +39,7 @@ from runner.train.progress import Plan, Progress
 from runner.train.run import Built, Run, SaveEvery, Settings
 from runner.train.schedules import Schedule
 from runner.train.task import Task
+from runner.train.trial import trial
 
 Config = Mapping[str, Any]
 
@@ -207,7 +208,9 @@ def check_metrics(run: Run) -> None:
     wanted = wanted_metrics(run.config)
     if not wanted or run.eval_data is None:
         return
-    reported = [name for name in evaluate(run, steps=1) or () if name != "samples"]
+    with trial(run.engine.model, run.eval_data):
+        found = evaluate(run, steps=1)
+    reported = [name for name in found or () if name != "samples"]
     problems = [
         Problem(key, "no evaluation reports it", f"choose of {', '.join(reported)}", value=name)
         for key, name in wanted
@@ -565,14 +568,15 @@ def _hooks(config: Config, problems: list[Problem]) -> dict[str, Any]:
 
 def _trackers(config: Config) -> Trackers:
     """The trackers that can be built; one that cannot says so and does not lose the run."""
-    trackers = {}
+    trackers, absent = {}, []
     for name, spec in config["trackers"].items():
         try:
             if spec is not None:
                 trackers[name] = build.build(spec)
         except Exception as error:
             _log.warning("tracker %s is left out; the run goes on: %s: %s", name, type(error).__name__, error)
-    return Trackers(trackers)
+            absent.append(name)
+    return Trackers(trackers, absent)
 
 
 def _checkpointer(

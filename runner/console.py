@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -135,6 +135,13 @@ class _File(logging.FileHandler):
         if now - self._flushed >= 1.0:
             self._flushed = now
             super().flush()
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A disk that is full ends no run, and needs no traceback for each line: who can write something says so."""
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
 
 
 def keep(*files: Path) -> list[logging.Handler]:

@@ -110,6 +110,18 @@ def join(ranks: Ranks, store: Store, device_type: str, seconds: float) -> None:
         world_size=ranks.world_size,
         timeout=timedelta(seconds=seconds),
     )
+    _Joined.timeout = timedelta(seconds=seconds)
+
+
+class _Joined:
+    """How long a collective of the group that `join` has made may wait."""
+
+    timeout: timedelta | None = None
+
+
+def another_group() -> Any:
+    """A gloo group of all processes beside the first, for words of a thread; it waits as long. All call it together."""
+    return sys.modules["torch.distributed"].new_group(backend="gloo", timeout=_Joined.timeout)
 
 
 def joined() -> bool:

@@ -2,6 +2,8 @@
 
 A difference is free (told in one line), warned of, or stops the start unless `resume_allow` names it. The classes are
 lists of key prefixes below; a key that is on none of them is warned of.
+
+And what differs between the processes of one run, which may differ in nothing (`one_for_all`).
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ from runner.assemble import Parts
 from runner.checkpoint import extra_of
 from runner.checkpoint.manifest import Manifest
 from runner.data.fingerprint import difference, fingerprint
+from runner.data.reading import training_order
+from runner.data.stream import has_exact_state, is_stream
 from runner.environment import commit_of, hash_of, own_code, version_of, versions_in_use
-from runner.errors import InputError, Problem
+from runner.errors import Elsewhere, InputError, Problem
 from runner.launch.worker import WorkPlan
 from runner.recipe.redact import redact
 from runner.recipe.schema import complete
@@ -86,6 +90,42 @@ def setting(plan: WorkPlan, parts: Parts) -> dict[str, Any]:
     }
 
 
+def one_for_all(parts: Parts) -> None:
+    """Raises InputError in the first process, and Elsewhere in the others, where processes differ that may not.
+
+    Each computer reads its own files and has its own packages: a copy of the data that is older on one of them would
+    give samples twice and lose others, and nothing would fail.
+    """
+    if distributed.world_size() == 1:
+        return
+    seen = {
+        "steps": parts.plan.steps,
+        "versions": {"Python": platform.python_version(), "torch": torch.__version__},
+        "data": _fingerprints(parts),
+    }
+    first, *others = distributed.gather(seen)
+    problems = [problem for rank, other in enumerate(others, 1) for problem in _unlike(first, rank, other)][:5]
+    if problems and distributed.rank() > 0:
+        raise Elsewhere("another process differs from the first")
+    if problems:
+        raise InputError(*problems)
+
+
+def _unlike(first: Mapping[str, Any], rank: int, other: Mapping[str, Any]) -> list[Problem]:
+    found = []
+    for name, version in first["versions"].items():
+        if other["versions"][name] != version:
+            why = f"rank {rank} has {name} {other['versions'][name]}, and rank 0 has {version}"
+            found.append(Problem(None, why, "install the same on every computer"))
+    for name, one in first["data"].items():
+        if unlike := difference(one, other["data"][name], rank):
+            found.append(Problem(f"data.{name}", unlike, "give every process the same data, in the same order"))
+    if not found and other["steps"] != first["steps"]:
+        why = f"{other['steps']} steps on rank {rank}, and {first['steps']} on rank 0"
+        found.append(Problem("data.train", why, "give every process data of the same length"))
+    return found
+
+
 def _hardware(device: torch.device) -> str:
     """What of the hardware decides which kernels run."""
     if device.type == "cuda":
@@ -126,7 +166,8 @@ def compare(plan: WorkPlan, parts: Parts, checkpoint: Path) -> Drift:
             continue  # options of a backend that is another one now
         if _stops(key):
             if _within(key, allowed):
-                drift.warnings.append(f"{key} was {_shown(old)} and is {_shown(new)}: allowed, and applies")
+                means = _place_in_data(plan, parts, checkpoint, old, new) if key == "batch.global_size" else ""
+                drift.warnings.append(f"{key} was {_shown(old)} and is {_shown(new)}: allowed, and applies{means}")
             else:
                 problems.append(_stop(key, f"was {_shown(old)} in the run that goes on", value=new))
         elif _within(key, _FREE):
@@ -199,6 +240,26 @@ def _too_short(plan: WorkPlan, parts: Parts, checkpoint: Path) -> list[Problem]:
     why = f"makes {parts.plan.steps} steps, and {done} are done in the checkpoint to go on from"
     fix = "give more, name an earlier checkpoint by resume=, or start a new run without run_dir"
     return [Problem(key, why, fix, value=plan.config["train"][key.partition(".")[2]])]
+
+
+def _place_in_data(plan: WorkPlan, parts: Parts, checkpoint: Path, old: int, new: int) -> str:
+    """What another global batch makes of the place in the training data, which is kept as a number of steps."""
+    if is_stream(parts.train) and has_exact_state(parts.train):
+        return ". The stream goes on by its own state: no sample is passed over or seen again"
+    step, drop_last = Manifest.read(checkpoint).step, plan.config["data"]["drop_last"]
+    orders = [training_order(parts.train, size, 0, drop_last=drop_last) for size in (old, new)]
+    if not all(order.steps_per_epoch for order in orders):
+        return ""  # the data were others as well
+    before, after = (order.samples(step) for order in orders)
+    if before == after:
+        return ". The place in the data stays the same"
+    # Without a length the steps count from where the stream began last, which is not known here.
+    most = "" if orders[0].length else "at most "
+    what = "passed over" if after > before else "seen again"
+    return (
+        f". The place in the data is step x batch.global_size: after step {step} it was {before} and is {after}, so "
+        f"{most}{abs(after - before)} samples are {what}"
+    )
 
 
 def _compare_settings(then: Mapping[str, Any], now: Mapping[str, Any], drift: Drift) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import math
 import os
 import secrets
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from runner.errors import InputError, wrong
+
+log = logging.getLogger("runner")
 
 _HEARTBEAT = 1.0
 #: Seconds to wait for a lock: what a killed process has started, ends a moment after it.
@@ -35,6 +38,8 @@ class RunFolder:
         self.path = path
         self._state: dict[str, Any] = {}
         self._written = 0.0
+        #: Whether status.json could not be written the last time.
+        self._silent = False
         self._lock: TextIO | None = None
 
     @classmethod
@@ -80,11 +85,10 @@ class RunFolder:
                 raise self._locked()
             time.sleep(0.02)
         self._lock = lock
-        self._lock.truncate(0)
-        self._lock.write(
-            f"host {socket.gethostname()}, process {os.getpid()}, since {datetime.now():%Y-%m-%d %H:%M:%S}"
-        )
-        self._lock.flush()
+        holder = f"host {socket.gethostname()}, process {os.getpid()}, since {datetime.now():%Y-%m-%d %H:%M:%S}"
+        with suppress(OSError):  # a full disk: it is locked all the same
+            lock.truncate(0)
+            os.write(lock.fileno(), holder.encode())
         self._sweep()
 
     def _sweep(self) -> None:
@@ -96,7 +100,13 @@ class RunFolder:
     def begin(self) -> None:
         """Locks a folder in which nothing has happened yet, and says that a run starts there: it is no other's now."""
         self.lock()
-        self.state("starting", step=0)
+        self._state.update(state="starting", step=0)
+        try:
+            self._write_status()
+        except OSError as error:
+            self.discard()
+            why = f"cannot be written: {error.strerror or error}"
+            raise wrong("run_dir", why, _WRITABLE, value=str(self.path)) from None
 
     def check_free(self) -> None:
         """Raises InputError where another process trains here: before anything else is done for a run."""
@@ -165,9 +175,14 @@ class RunFolder:
         """Replaces a text file atomically."""
         target = self.path / name
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        # Names that the locale could not read come as surrogates, and go back to the bytes that they were.
-        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
-        temporary.replace(target)
+        try:
+            # Names that the locale could not read come as surrogates, and go back to the bytes that they were.
+            temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+            temporary.replace(target)
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
 
     def append_line(self, name: str, line: str) -> None:
         """Adds a line to a text file, in one piece and for good."""
@@ -193,12 +208,23 @@ class RunFolder:
         self.heartbeat(always=True)
 
     def heartbeat(self, *, always: bool = False, **more: Any) -> None:
-        """Renews status.json, at most once a second."""
+        """Renews status.json, at most once a second. Where the disk does not take it, that is one warning."""
         now = time.time()
         self._state.update(more)
-        if always or now - self._written >= _HEARTBEAT:
-            self._written = now
-            self.write_json("status.json", {**self._state, "heartbeat": now, "pid": os.getpid()})
+        if not always and now - self._written < _HEARTBEAT:
+            return
+        self._written = now
+        try:
+            self._write_status()
+            self._silent = False
+        except OSError as error:
+            # What the run is for are its checkpoints, which say themselves what they lack.
+            if not self._silent:
+                log.warning("%s cannot be written, and stays as it was: %s", self.path / "status.json", error.strerror)
+            self._silent = True
+
+    def _write_status(self) -> None:
+        self.write_json("status.json", {**self._state, "heartbeat": time.time(), "pid": os.getpid()})
 
     def link_latest(self) -> None:
         """Points `latest` beside the folder to it; file systems without links do without."""

@@ -24,7 +24,7 @@ from runner.assemble import Parts, assemble, check, check_metrics, needs_group
 from runner.data.main import Remote
 from runner.debugging import CollectiveWatch, explain, standing
 from runner.distributed import ALONE, Ranks
-from runner.drift import setting
+from runner.drift import one_for_all, setting
 from runner.environment import describe_later
 from runner.errors import Elsewhere, InputError, RunnerError
 from runner.folder import Bystander, RunFolder, finite
@@ -106,7 +106,7 @@ def _agreed(plan: WorkPlan, ranks: Ranks) -> tuple[Parts, Place]:
             refused = error
     if parts is not None and plan.config["data"]["reader"] == "main":
         remote = (Remote.of(parts.train), None if parts.eval is None else Remote.of(parts.eval))
-    told = None if place is None else ((place.folder.path, place.resume, place.fresh, place.finished), remote)
+    told = None if place is None else (place.told, remote)
     told = distributed.broadcast(told)
     if told is not None and not ranks.main:
         (path, *rest), remote = told
@@ -116,13 +116,14 @@ def _agreed(plan: WorkPlan, ranks: Ranks) -> tuple[Parts, Place]:
             refused = error
     try:
         _all_agree(refused, told is not None)
+        assert parts is not None
+        one_for_all(parts)
     except BaseException:
         if place is not None:
             if place.fresh:
                 place.folder.discard()
             place.folder.unlock()
         raise
-    assert parts is not None
     assert place is not None
     return parts, place
 
@@ -159,8 +160,10 @@ def _in_folder(plan: WorkPlan, parts: Parts, place: Place, ranks: Ranks, signals
         built.config = redact(plan.config, plan.written)
         built.setting = setting(plan, parts)
         run = built
+        if place.named and resume is not None:
+            run.progress.stop_reason = None  # it was another run's, or the user goes on from there on purpose
+            leave_behind(run, resume)
         if not fresh:
-            leave_behind(run, resume, plan)
             _write_inputs(plan, folder)
         if plan.run_dir is None:
             folder.link_latest()
@@ -226,15 +229,14 @@ def _write_environment(folder: RunFolder, environment: Any, parts: Parts) -> Non
             found["git"]["difference"] = console.scrub(found["git"]["difference"])
     except Exception as error:
         found = {"error": str(error)}
-    folder.write_json(
-        "environment.json",
-        {
-            **found,
-            "devices": devices,
-            "world_size": parts.backend.mesh.data_size,
-            "threads": torch.get_num_threads(),
-        },
-    )
+    about = {
+        **found,
+        "devices": devices,
+        "world_size": parts.backend.mesh.data_size,
+        "threads": torch.get_num_threads(),
+    }
+    with suppress(OSError):  # of a disk that is full, what had to be said was said
+        folder.write_json("environment.json", about)
 
 
 # --- beginning and end ----------------------------------------------------------------------------------------------

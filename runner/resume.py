@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from runner import distributed
 from runner.assemble import Parts
-from runner.checkpoint import extra_of, find, latest
+from runner.checkpoint import Checkpointer, extra_of, find, latest
+from runner.checkpoint.manifest import Manifest
 from runner.distributed import Ranks
 from runner.drift import Drift, compare, compare_finished
 from runner.errors import wrong
@@ -24,13 +28,22 @@ log = logging.getLogger("runner")
 
 @dataclass
 class Place:
-    """Where a job runs: its folder, the checkpoint to go on from, whether it was empty, whether nothing is left."""
+    """Where a job runs: its folder, the checkpoint to go on from, whether it was empty, whether nothing is left.
+
+    `named` says that the checkpoint is the one that `resume` names, and not the last of this very run.
+    """
 
     folder: RunFolder
     resume: Path | None
     fresh: bool
     finished: bool = False
+    named: bool = False
     drift: Drift | None = None
+
+    @property
+    def told(self) -> tuple[Any, ...]:
+        """What the other processes have to know."""
+        return self.folder.path, self.resume, self.fresh, self.finished, self.named
 
 
 def place_of(plan: WorkPlan, parts: Parts, ranks: Ranks) -> Place:
@@ -39,32 +52,35 @@ def place_of(plan: WorkPlan, parts: Parts, ranks: Ranks) -> Place:
     Raises InputError where the folder is no run's, where what is named is no checkpoint that can be read, or where the
     run would go on as another training.
     """
-    resume, again = plan.config["resume"], _again(plan, ranks)
-    named = None if resume in ("auto", "never") else find(Path(plan.directory, resume))
-    drift = None if named is None else compare(plan, parts, named)
-    if plan.run_dir is None and again is None:
-        new = RunFolder.new(Path(plan.directory, "runs"), plan.config["name"])
-        new.begin()
-        return Place(new, named, True, drift=drift)
-    path = Path(again or Path(plan.directory, plan.run_dir or ""))
-    folder = RunFolder.named(path)
+    again = _again(plan, ranks)
+    where = again or plan.run_dir
+    path = None if where is None else Path(plan.directory, where)
+    source = None
+    if path is None or _is_empty(path):
+        source = _named(plan, parts)  # before a folder is made, which would have to go again
+        if finished := _nothing_left(source, parts.plan):
+            return finished
+    folder = RunFolder.named(path) if path else RunFolder.new(Path(plan.directory, "runs"), plan.config["name"])
     folder.lock()
     try:
-        return _place_in(folder, plan, parts, named, drift, again)
+        if not _is_empty(folder.path):
+            return _place_in(folder, plan, parts, again)
+        source = source or _named(plan, parts)
+        folder.begin()
+        return source.place(folder, fresh=True)
     except BaseException:
         folder.unlock()
         raise
 
 
-def _place_in(
-    folder: RunFolder, plan: WorkPlan, parts: Parts, named: Path | None, drift: Drift | None, again: str | None
-) -> Place:
-    """The same in a folder that is named: a fresh start, or going on there."""
-    path = folder.path
-    if all(child.name.startswith(".") for child in path.iterdir()):
-        folder.begin()
-        return Place(folder, named, True, drift=drift)
-    if again is None and plan.config["resume"] == "never":
+def _is_empty(path: Path) -> bool:
+    return not path.is_dir() or all(child.name.startswith(".") for child in path.iterdir())
+
+
+def _place_in(folder: RunFolder, plan: WorkPlan, parts: Parts, again: str | None) -> Place:
+    """The same in a folder where something ran before: going on there, or from what is named."""
+    path, asked = folder.path, plan.config["resume"]
+    if again is None and asked == "never":
         raise wrong(
             "resume",
             f"{plan.run_dir} is not empty, and never means not to go on there",
@@ -78,11 +94,18 @@ def _place_in(
             "name a run's folder, or one that is not there",
             value=plan.run_dir,
         )
-    if named is not None and not _repeated(plan, path, named):
-        return Place(folder, named, False, drift=drift)
-    if _finished(folder, parts.plan, plan):
+    # A scheduler repeats a command: it goes on, and does not begin again from what is named, which may be gone by now.
+    before = read(path / "config.yaml").data
+    repeated = _names_none(asked) or before.get("resume") == asked
+    if repeated and _finished(folder, parts.plan, plan, before):
         return Place(folder, None, False, True)
     last = latest(path / "checkpoints")
+    if not _names_none(asked) and (last is None or _asked_for(last) != asked):
+        source = _named(plan, parts)
+        if last is None or source.path is None or source.path.resolve() != last.resolve():
+            return source.place(folder)
+        if not repeated and _finished(folder, parts.plan, plan, before):
+            return Place(folder, None, False, True)
     return Place(folder, last, False, drift=None if last is None else compare(plan, parts, last))
 
 
@@ -93,40 +116,76 @@ def _again(plan: WorkPlan, ranks: Ranks) -> str | None:
     return plan.again
 
 
-def _repeated(plan: WorkPlan, path: Path, named: Path) -> bool:
-    """Whether the newest checkpoint of a folder is what came of this command, which names one to go on from.
-
-    A scheduler repeats a command: it goes on, and does not begin again from what is named.
-    """
-    last = latest(path / "checkpoints")
-    if last is None or last.resolve() == named.resolve():
-        return last is not None
-    extra = extra_of(last)
-    made_by = extra.get("config") if isinstance(extra, dict) else None
-    return isinstance(made_by, dict) and made_by.get("resume") == plan.config["resume"]
+def _names_none(asked: str) -> bool:
+    """Whether a value of `resume` names no checkpoint."""
+    return asked in ("auto", "never")
 
 
-def _finished(folder: RunFolder, length: Plan, plan: WorkPlan) -> bool:
-    """Whether a completed run has nothing left to do, and says so. One that stopped early is complete as well.
+@dataclass(frozen=True)
+class Source:
+    """What a run begins from: nothing, or a checkpoint, and what this run does otherwise than that."""
 
-    Raises InputError where another training is asked for than the one that is complete.
+    path: Path | None = None
+    drift: Drift | None = None
+
+    def place(self, folder: RunFolder, *, fresh: bool = False) -> Place:
+        return Place(folder, self.path, fresh, named=self.path is not None, drift=self.drift)
+
+
+def _named(plan: WorkPlan, parts: Parts) -> Source:
+    """What `resume` names, from which this training can go on."""
+    asked = plan.config["resume"]
+    if _names_none(asked):
+        return Source()
+    path = find(Path(plan.directory, asked))
+    return Source(path, compare(plan, parts, path))
+
+
+def _nothing_left(source: Source, length: Plan) -> Place | None:
+    """The run that a checkpoint is of, where all steps are done in it already; says so."""
+    if source.path is None or Manifest.read(source.path).step < length.steps:
+        return None
+    above = source.path.parent
+    run = above.parent if above.name == "checkpoints" else source.path
+    _say_complete(run, length.steps)
+    return Place(RunFolder(run), None, False, True)
+
+
+def _asked_for(checkpoint: Path) -> Any:
+    """What `resume` said to the run that saved a checkpoint."""
+    extra = extra_of(checkpoint)
+    config = extra.get("config") if isinstance(extra, dict) else None
+    return config.get("resume") if isinstance(config, dict) else None
+
+
+def _finished(folder: RunFolder, length: Plan, plan: WorkPlan, before: Mapping[str, Any]) -> bool:
+    """Whether a completed run, whose configuration was `before`, has nothing left to do; says so then.
+
+    One that stopped early is complete as well. Raises InputError where another training is asked for than the one
+    that is complete.
     """
     told = folder.read_json("summary.json")
     if not told or told.get("status") != "completed" or told.get("planned_steps", 0) < length.steps:
         return False
-    before = read(folder.path / "config.yaml").data
     drift = compare_finished(plan, before) if before else Drift()
-    extend = "a larger train.steps or train.epochs extends it"
-    log.info("%s is already complete: %d steps; %s", folder.path.name, told["steps"], extend)
+    _say_complete(folder.path, told["steps"])
     drift.tell()
     return True
 
 
-def leave_behind(run: Run, resume: Path | None, plan: WorkPlan) -> None:
-    """Where the user goes back in a run: what was saved afterwards belongs to it no more."""
-    if resume is None or run.checkpointer is None or plan.config["resume"] in ("auto", "never"):
-        return
-    place = run.checkpointer.leave_behind(resume, run.progress.step)
-    if place is not None:
+def _say_complete(run: Path, steps: int) -> None:
+    extend = "a larger train.steps or train.epochs extends it"
+    log.info("%s is already complete: %d steps; %s", run.name, steps, extend)
+
+
+def leave_behind(run: Run, source: Path) -> None:
+    """Where the user goes back in a run, or on from another one: what was saved afterwards belongs to it no more.
+
+    `source` is the checkpoint that was named. All processes call it.
+    """
+    saver = run.checkpointer or Checkpointer(run.folder.path / "checkpoints", {})
+    place = saver.leave_behind(source, run.progress.step)
+    if distributed.rank() == 0:
         (run.folder.path / "summary.json").unlink(missing_ok=True)  # it may say that the run is complete
-        log.warning("going on from %s; the checkpoints that do not lead to it are in %s now", resume, place)
+    if place is not None:
+        log.warning("going on from %s; the checkpoints that do not lead to it are in %s now", source, place)

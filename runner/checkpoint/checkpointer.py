@@ -63,8 +63,8 @@ class Checkpointer:
     the patterns `optional` (`hooks.*`) may be missing in a checkpoint or among the objects. The newest `keep`
     checkpoints stay, and so does the best one by `best`, those of `protected`, and those whose step is a multiple of
     `milestones`. Only one job may have a Checkpointer for a folder: making one removes what killed processes left
-    there. All processes of the job make, save and load together: each writes and reads its own part of the tensors,
-    the first one all else.
+    there. With `reads_only` the folder may be anybody's, and nothing in it changes. All processes of the job make, save
+    and load together: each writes and reads its own part of the tensors, the first one all else.
 
     A save that the training does not wait for goes on in a thread. What became of it is told by `poll`, or by `finish`,
     which waits. `failed` says that it could not be saved, on this process; the processes tell each other of it and
@@ -81,6 +81,7 @@ class Checkpointer:
         optional: Collection[str] = (),
         protected: Iterable[Path] = (),
         milestones: int | None = None,
+        reads_only: bool = False,
     ) -> None:
         if keep < 2:
             raise wrong(
@@ -110,7 +111,8 @@ class Checkpointer:
         self.failed = False
         with _all_or_none():
             if distributed.rank() == 0:
-                store.sweep(folder)
+                if not reads_only:
+                    store.sweep(folder)
                 if self._best is not None:
                     self._metrics = {path: self._there[path] for path in self._complete()}
         if self._best is not None:
@@ -257,7 +259,11 @@ class Checkpointer:
         if peers.rank == 0:
             renewed(path)
             self._there[path] = draft.metrics
-            self._prune()
+            try:
+                self._prune()
+            except OSError as error:
+                # The checkpoint that was saved counts, and the others wait to hear of it; the next save tries again.
+                _log.warning("%s: older checkpoints could not be looked at: %s", self._folder, error.strerror or error)
         # Nobody may look at the folder while the first process still removes.
         peers.broadcast(None)
 

@@ -124,7 +124,10 @@ class Manifest:
             if found.st_size != expected.size:
                 raise Damaged(folder, f"{name} has {found.st_size:,} bytes instead of {expected.size:,}")
         # Names that begin with a dot are left by file systems and file managers; nothing here reads them.
-        names = {name for name in os.listdir(folder) if not name.startswith(".")}
+        try:
+            names = {name for name in os.listdir(folder) if not name.startswith(".")}
+        except OSError as error:
+            raise Damaged(folder, f"it cannot be read ({error.strerror})") from error
         extra = sorted(names - {NAME, *self.files})
         if extra:
             raise Damaged(folder, f"{extra[0]!r} is not of it")

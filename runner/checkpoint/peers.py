@@ -20,7 +20,7 @@ class Peers:
         self.rank, self.world = distributed.rank(), distributed.world_size()
         self._group: Any = None
         if own and self.world > 1:
-            self._group = self._torch.new_group(backend="gloo")
+            self._group = distributed.another_group()
 
     @property
     def _torch(self) -> Any:

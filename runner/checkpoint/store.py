@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 _STEP = re.compile(r"step_([0-9]+)")
 _STAGING, _TRASH, _REPLACED = ".tmp-", ".trash-", ".old-"
+#: What a killed process may leave, by the names that are given here: a user's folder may hold others like them.
+_LEFTOVER = re.compile(r"\.(?:old-step_[0-9]+|(?:tmp-|trash-(?:tmp-|old-)?)step_[0-9]+-[^/]*)")
 _LEFT = "left-"
 
 
@@ -161,7 +163,7 @@ def set_aside(paths: Sequence[Path]) -> Path:
 
 def bring_back(folder: Path) -> None:
     """Gives checkpoints their names back that a killed process was about to replace."""
-    for leftover in folder.glob(f"{_REPLACED}*") if folder.is_dir() else ():
+    for leftover in _leftovers(folder, _REPLACED):
         final = leftover.with_name(leftover.name.removeprefix(_REPLACED))
         if not final.exists():
             with suppress(OSError):
@@ -171,9 +173,13 @@ def bring_back(folder: Path) -> None:
 def sweep(folder: Path) -> None:
     """Removes what killed processes left. Only the one process that owns the folder may call it."""
     bring_back(folder)
-    for prefix in (_REPLACED, _STAGING, _TRASH):
-        for leftover in folder.glob(f"{prefix}*") if folder.is_dir() else ():
-            shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in _leftovers(folder):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _leftovers(folder: Path, prefix: str = ".") -> list[Path]:
+    found = folder.glob(f"{prefix}*") if folder.is_dir() else ()
+    return [path for path in found if _LEFTOVER.fullmatch(path.name)]
 
 
 def expired(paths: Sequence[Path], keep: int, protected: Collection[Path], milestones: int | None = None) -> list[Path]:

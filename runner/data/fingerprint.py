@@ -43,18 +43,26 @@ def fingerprint(dataset: Any) -> dict[str, Any]:
     return {"class": f"{kind.__module__}.{kind.__qualname__}", "length": length, "items": items}
 
 
-def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """What two fingerprints differ in, as a clause; None where nothing shows, or one of them does not tell."""
+def difference(old: Mapping[str, Any], new: Mapping[str, Any], rank: int | None = None) -> str | None:
+    """What two fingerprints differ in, as a clause; None where nothing shows, or one of them does not tell.
+
+    With `rank` they are not of two days, but of rank 0 and of that one.
+    """
+    kinds, lengths, where = "was a {} and is a {}", "had {} and has {}", ""
+    if rank is not None:
+        kinds, lengths = f"is a {{}} on rank 0 and a {{}} on rank {rank}", f"has {{}} on rank 0 and {{}} on rank {rank}"
+        where = f" on rank {rank} than on rank 0"
     if old.get("class") and new.get("class") and old["class"] != new["class"]:
-        return f"was a {old['class']} and is a {new['class']}"
+        return kinds.format(old["class"], new["class"])
     if old.get("length") != new.get("length"):
-        return f"had {_count(old.get('length'))} and has {_count(new.get('length'))}"
+        return lengths.format(_count(old.get("length")), _count(new.get("length")))
     before, now = old.get("items"), new.get("items")
     if not isinstance(before, list) or not isinstance(now, list):
         return None
     pairs = list(zip(before, now, strict=False))
     changed = sum(1 for one, other in pairs if one != other)
-    return f"has other contents: {changed} of {len(pairs)} samples that were looked at differ" if changed else None
+    told = f"{changed} of {len(pairs)} samples that were looked at differ"
+    return f"has other contents{where}: {told}" if changed else None
 
 
 def _count(length: Any) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from copy import deepcopy
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -92,14 +94,24 @@ class StreamOrder:
             self.ends.append((step + 1, self.global_size - told.samples))
 
 
+class Stand(NamedTuple):
+    """How a data set with a state of its own stands: the epoch of the stream, how many of its samples are read, and
+    the state. An epoch that is known to be over counts as the next one with nothing read.
+    """
+
+    epoch: int
+    seen: int
+    state: Any
+
+
 class Told(NamedTuple):
     """What reading a step has shown: its samples (0: the stream has ended for good), whether it opens a new epoch of
-    the stream, and the data set's own state after it (None where it has none).
+    the stream, and how the data set stands after it (None where it has no state of its own).
     """
 
     samples: int
     fresh: bool
-    state: Any
+    stand: Stand | None
 
 
 #: Samples of a micro-batch, with the first one's place in the stream.
@@ -117,7 +129,7 @@ class _Walk(IterableDataset[Any]):
         dataset: Any,
         order: StreamOrder,
         step: int,
-        state: Any,
+        stand: Stand | None,
         make: Collate,
         sizes: tuple[int, int, int],
         repeat: bool,
@@ -125,9 +137,12 @@ class _Walk(IterableDataset[Any]):
         self._dataset, self._make, self._repeat = dataset, make, repeat
         self._micro_size, self._reader, self._readers = sizes
         self._size, self._length, self._drop_last = order.global_size, order.length, order.drop_last
-        self._epoch, self._seen = order.place(step)
-        self._state = state
-        self._stateful = _has_exact_state(dataset)
+        self._stateful = has_exact_state(dataset)
+        # Its state says more truly than the step's number where it stands: another `global_size` may have been there.
+        self._stand = stand if self._stateful else None
+        self._epoch, self._seen = order.place(step) if self._stand is None else self._stand[:2]
+        #: Whether what was opened may be no more than the end of the epoch before.
+        self._may_be_over = False
         self._draws = Draws(order.seed)
         #: Elements that are read after one seeding: what no number of processes changes.
         self._unit = self._size if repeat else self._micro_size
@@ -156,11 +171,15 @@ class _Walk(IterableDataset[Any]):
         samples, fresh = self._open(), False
         while True:
             count, slices = self._take(samples)
+            over, self._may_be_over = self._may_be_over and not count, False
+            if over:
+                samples = self._open()
+                continue
             self._check_length(ended=count < self._size)
             if 0 < count < self._size and self._drop_last:
                 count = 0
             if count:
-                yield Told(count, fresh, self._own_state()), slices
+                yield Told(count, fresh, self._left_at(count)), slices
                 fresh = False
             if count == self._size:
                 continue
@@ -169,7 +188,7 @@ class _Walk(IterableDataset[Any]):
                 return
             if self._seen < (self._size if self._drop_last else 1):
                 raise self._empty()
-            self._epoch, self._seen, self._state, fresh = self._epoch + 1, 0, None, True
+            self._epoch, self._seen, fresh = self._epoch + 1, 0, True
             samples = self._open()
 
     def _batch(self, start: int, samples: list[Any]) -> Any:
@@ -185,11 +204,16 @@ class _Walk(IterableDataset[Any]):
 
     def _open(self) -> Iterator[Any]:
         """The stream from where this epoch stands."""
+        stand, self._stand = self._stand, None
+        begins, skip = self._seen == 0, self._seen
+        # Between two epochs first the state, then the epoch: so it is for who reads on from the one into the other.
+        if stand is not None and begins:
+            self._dataset.load_state_dict(deepcopy(stand.state))
+            self._may_be_over = True
         if hasattr(self._dataset, "set_epoch"):
             self._dataset.set_epoch(self._epoch)
-        skip = self._seen
-        if skip and self._stateful and self._state is not None:
-            self._dataset.load_state_dict(self._state)
+        if stand is not None and not begins:
+            self._dataset.load_state_dict(deepcopy(stand.state))
             skip = 0
         with self._draws.apart() as seed:
             seed("stream", self._epoch, 0)
@@ -223,8 +247,13 @@ class _Walk(IterableDataset[Any]):
         each, real = shares(count, self._micro_size, self._reader, self._readers)
         return count, own if real == each else [*own, (start, first)]
 
-    def _own_state(self) -> Any:
-        return self._dataset.state_dict() if self._stateful else None
+    def _left_at(self, count: int) -> Stand | None:
+        """How the data set stands after a step of so many samples; nobody asks where it is not repeated."""
+        if not (self._stateful and self._repeat):
+            return None
+        over = count < self._size or self._seen == self._length
+        place = (self._epoch + 1, 0) if over else (self._epoch, self._seen)
+        return _standing(*place, _own_state(self._dataset))
 
     def _check_length(self, ended: bool) -> None:
         length = self._length
@@ -260,7 +289,7 @@ def _unshare(dataset: Any) -> None:
             setattr(dataset, name, value.clone())
 
 
-def _has_exact_state(dataset: Any) -> bool:
+def has_exact_state(dataset: Any) -> bool:
     """Whether a data set's own state brings back all that is to come.
 
     That of a Hugging Face stream that is shuffled leaves out what its buffer holds.
@@ -277,11 +306,31 @@ def _has_exact_state(dataset: Any) -> bool:
     return True
 
 
+def state_before(dataset: Any) -> Any:
+    """A data set's own state before it is read; None where it has none, or can tell it only while it is read."""
+    if has_exact_state(dataset):
+        with suppress(Exception):
+            return _own_state(dataset)
+    return None
+
+
+def _own_state(dataset: Any) -> Any:
+    """As it is now: what the data set gives may be the very object that it changes as it is read."""
+    return deepcopy(dataset.state_dict())
+
+
+def _standing(epoch: int, seen: int, state: Any) -> Stand | None:
+    return None if state is None else Stand(epoch, seen, state)
+
+
 class StreamLoader:
     """Gives each process its micro-batches of every optimizer step of a stream, as Loader does of an indexed set.
 
     Every process iterates the whole stream and keeps its part, so that any data set does which gives all of them the
     same. At each step the processes compare how much they have read, and stop together where that differs.
+
+    A data set that has a state of its own is put where it belongs whenever `steps` begins: as it stood after the step
+    before, at the end of an epoch too, and for step 0 as it was at first.
 
     Args:
         dataset: anything with `__iter__`; `set_epoch(epoch)` is called before each pass where it exists, and
@@ -321,16 +370,21 @@ class StreamLoader:
         self._repeat = repeat
         self._trained = trained
         self._fetched = 0
-        #: The data set's own state after so many steps, of those that a checkpoint may be about.
-        self._states: dict[int, Any] = {}
+        #: How the data set stands after so many steps, of those that a checkpoint may be about.
+        self._stands: dict[int, Stand] = {}
+        self._at_first = _standing(0, 0, state_before(dataset))
+        #: Whether somebody has read: until then the data set is as it was at first.
+        self._begun = False
 
     def steps(self, first: int, stop: int) -> Iterator[StepBatches]:
         """The micro-batches of this process for the steps first, first + 1, … stop - 1 of the run, step by step."""
         if not self._repeat:
             self.order.ends.clear()
         self._fetched = first
-        self._say_skipping(first)
-        walk = self._walk(first)
+        stand = self._stand(first) if self._begun or first in self._stands else None
+        self._begun = True
+        self._say_skipping(first, stand)
+        walk = self._walk(first, stand)
         each, real = 0, 0
         for step in range(first, stop):
             told, batches = self._together(walk)
@@ -338,7 +392,8 @@ class StreamLoader:
             if not told.samples:
                 return
             each, real = shares(told.samples, self.micro_size, self._reader, self._readers)
-            self._states[step + 1] = told.state
+            if told.stand is not None:
+                self._stands[step + 1] = told.stand
             self._fetched = step + 1
             self._forget()
             placed = [batches.pop(0)] if batches else []
@@ -360,10 +415,14 @@ class StreamLoader:
             agree(told.samples)
         return told, [batch]
 
-    def _walk(self, first: int) -> Iterator[tuple[Told | None, Any]]:
+    def _stand(self, step: int) -> Stand | None:
+        """How the data set stood before a step, as far as it has told."""
+        return self._stands.get(step, self._at_first if step == 0 else None)
+
+    def _walk(self, first: int, stand: Stand | None) -> Iterator[tuple[Told | None, Any]]:
         sizes = (self.micro_size, self._reader, self._readers)
         make = self._make or collate
-        walk = _Walk(self.dataset, self.order, first, self._states.get(first), make, sizes, self._repeat)
+        walk = _Walk(self.dataset, self.order, first, stand, make, sizes, self._repeat)
         if not self._workers:
             return iter(walk)
         batches = DataLoader(
@@ -377,15 +436,15 @@ class StreamLoader:
         )
         return received(batches, ends=self._readers == 1)
 
-    def _say_skipping(self, first: int) -> None:
+    def _say_skipping(self, first: int, stand: Stand | None) -> None:
         _, seen = self.order.place(first)
-        if seen and self._states.get(first) is None and self._reader == 0:
+        if seen and stand is None and self._reader == 0:
             _log.info("the stream cannot tell where it stood: reading past its first %d samples", seen)
 
     def _forget(self) -> None:
         done = self._fetched if self._trained is None else self._trained()
-        for step in [step for step in self._states if step < done]:
-            del self._states[step]
+        for step in [step for step in self._stands if step < done]:
+            del self._stands[step]
 
     def _place(self, batch: Any) -> Any:
         return batch if self._device.type == "cpu" else to_device(batch, self._device)
@@ -394,12 +453,21 @@ class StreamLoader:
         """Where the training stands in the stream: plain values, and the data set's own state."""
         step = self._fetched if self._trained is None else self._trained()
         ends = [[end, lacking] for end, lacking in self.order.ends if end <= step]
-        return {"step": step, "ends": ends, "dataset": self._states.get(step)}
+        stand = self._stand(step)
+        if stand is None:
+            return {"step": step, "ends": ends, "dataset": None}
+        return {"step": step, "ends": ends, "dataset": stand.state, "place": [stand.epoch, stand.seen]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.order.ends = [(end, lacking) for end, lacking in state["ends"]]
-        self._states = {state["step"]: state["dataset"]}
-        self._fetched = state["step"]
+        step, own, place = state["step"], state["dataset"], state.get("place")
+        if place is None:  # as in checkpoints of older versions
+            place = self.order.place(step)
+            if self.order.drop_last and place[1] == 0:
+                own = None  # what is left out of the epoch before would come first
+        stand = _standing(place[0], place[1], own)
+        self._stands = {} if stand is None else {step: stand}
+        self._fetched = step
 
 
 def agree(samples: int | None) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Protocol
+
+from runner.checkpoint.tree import split
 
 _log = logging.getLogger("runner")
 
@@ -31,10 +34,17 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """All trackers of a run. One that fails says so and is left out; the run goes on."""
+    """All trackers of a run. One that fails says so and is left out; the run goes on.
 
-    def __init__(self, trackers: Mapping[str, Tracker]) -> None:
+    What a checkpoint holds of one stays in those that follow when it is left out, so that it may go on in another
+    process; also of those that are `absent` from the start, because they could not be built.
+    """
+
+    def __init__(self, trackers: Mapping[str, Tracker], absent: Collection[str] = ()) -> None:
         self._trackers = dict(trackers)
+        self._absent = tuple(absent)
+        #: The last state that is known of each: told by it, or loaded.
+        self._states: dict[str, Any] = {}
 
     def start(self, folder: Path, step: int, config: Mapping[str, Any]) -> None:
         for name in list(self._trackers):
@@ -70,9 +80,28 @@ class Trackers:
         self._trackers.clear()
 
     @property
-    def stateful(self) -> dict[str, Any]:
-        """Those that have something to be saved."""
-        return {name: tracker for name, tracker in self._trackers.items() if hasattr(tracker, "state_dict")}
+    def stateful(self) -> dict[str, _Saved]:
+        """What is to be saved of them, by name."""
+        having = [name for name, tracker in self._trackers.items() if hasattr(tracker, "state_dict")]
+        return {name: _Saved(self, name) for name in (*having, *self._absent)}
+
+    def state_of(self, name: str) -> Any:
+        """A tracker's state; of one that is left out, or fails now, the last that is known, or None."""
+        tracker: Any = self._trackers.get(name)
+        if tracker is not None:
+            self._try(name, lambda: self._keep(name, tracker.state_dict()), "failed to tell its state")
+        return self._states.get(name)
+
+    def _keep(self, name: str, state: Any) -> None:
+        split(state, f"trackers.{name}")  # raises for what cannot be saved
+        self._states[name] = deepcopy(state)
+
+    def give_state(self, name: str, state: Any) -> None:
+        """Gives a tracker what `state_of` returned."""
+        self._states[name] = state
+        tracker: Any = self._trackers.get(name)
+        if tracker is not None and state is not None:
+            self._try(name, lambda: tracker.load_state_dict(deepcopy(state)), "failed to take its state back")
 
     def _try(self, name: str, call: Any, what: str) -> None:
         try:
@@ -86,3 +115,16 @@ class Trackers:
                 error,
             )
             self._trackers.pop(name, None)
+
+
+class _Saved:
+    """A tracker's part of a checkpoint: it outlives the tracker, and never ends a training."""
+
+    def __init__(self, trackers: Trackers, name: str) -> None:
+        self._trackers, self._name = trackers, name
+
+    def state_dict(self) -> Any:
+        return self._trackers.state_of(self._name)
+
+    def load_state_dict(self, state: Any) -> None:
+        self._trackers.give_state(self._name, state)

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from runner.folder import finite
 
+_log = logging.getLogger("runner")
+
 
 class Jsonl:
-    """Appends every record to RUN/metrics.jsonl and flushes it; after a resume the file has each step once."""
+    """Appends every record to RUN/metrics.jsonl at once; after a resume the file has each step once.
+
+    What the disk does not take is kept, and tried again with the next record, at each checkpoint and at the end.
+    """
 
     def __init__(self, file: str = "metrics.jsonl") -> None:
         self._name = file
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
+        #: What was not written yet, and whether the user knows.
+        self._due, self._told = b"", False
         #: The step that is gone on from, and of which splits there is a record of it already.
         self._step, self._there = 0, set[Any]()
         # json.dumps with an option makes an encoder at every call.
@@ -24,21 +32,35 @@ class Jsonl:
     def start(self, folder: Path, step: int, config: Mapping[str, Any]) -> None:
         path = folder / self._name
         self._step, self._there = step, _forget_after(path, step) if path.exists() else set()
-        self._file = path.open("a", encoding="utf-8")
+        self._due = b""
+        self._file = path.open("ab", buffering=0)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        assert self._file is not None
         if self._there and record["step"] == self._step and record.get("split") in self._there:
             return  # an evaluation that was owed, made again
         try:
             line = self._encode(record)
         except ValueError:
             line = json.dumps(finite(record))
-        self._file.write(line + "\n")
-        self._file.flush()
+        self._due += line.encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        assert self._file is not None
+        try:
+            while self._due:
+                self._due = self._due[self._file.write(self._due) :]
+            self._told = False
+        except OSError as error:
+            if not self._told:
+                _log.warning("%s cannot be written, and is tried again: %s", self._file.name, error.strerror)
+            self._told = True
 
     def close(self) -> None:
-        if self._file is not None:
+        if self._file is not None and not self._file.closed:
+            self.flush()
+            if self._due:
+                _log.warning("%s lacks its last records: %s", self._file.name, self._due.count(b"\n"))
             self._file.close()
 
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from runner import distributed
-from runner.checkpoint import RandomState
 from runner.data.loader import to_device
 from runner.data.main import NotRead
 from runner.errors import wrong
 from runner.signals import Interrupted
 from runner.train.run import Run
 from runner.train.step import check_loss
+from runner.train.trial import trial
 
 _log = logging.getLogger("runner")
 
@@ -92,16 +92,11 @@ def _below(share: int, size: int) -> int | None:
 def _fits(run: Run, size: int) -> bool:
     """Whether no process runs out of memory with micro-batches of `size`."""
     engine = run.engine
-    random, kept = RandomState(), _buffers(engine.model)
-    before = random.state_dict()
-    fits = _together(_trial(run, size))
-    # By now an error is gone, and with it the frames that held the tensors of the forward.
-    engine.backend.discard()
-    _free(engine.device)
-    with torch.no_grad():
-        for buffer, value in kept:
-            buffer.copy_(value)
-    random.load_state_dict(before)
+    with trial(engine.model, run.train_data):
+        fits = _together(_parts(run, size))
+        # By now an error is gone, and with it the frames that held the tensors of the forward.
+        engine.backend.discard()
+        _free(engine.device)
     return fits
 
 
@@ -125,7 +120,7 @@ def _together(parts: Generator[None, None, None]) -> bool:
             return False
 
 
-def _trial(run: Run, size: int) -> Generator[None, None, None]:
+def _parts(run: Run, size: int) -> Generator[None, None, None]:
     """Forward and backward of the largest micro-batch, in parts: after each, processes agree whether to go on.
 
     Agreed on is before whatever may communicate: the reading of a first process, the buffers in a forward pass.
@@ -192,19 +187,15 @@ def _packed(batch: Any, device: torch.device) -> bytes | None:
 
 def _read(data: Any, size: int, order: Any, step: int) -> list[Any]:
     """A step's micro-batches of this size, read by a copy of the loader, so that the true one has seen nothing."""
-    trial = copy(data)
-    trial.micro_size, trial.order = size, order
+    other = copy(data)
+    other.micro_size, other.order = size, order
     if hasattr(order, "ends"):
         order.ends = list(order.ends)
-    stateful = hasattr(data.dataset, "state_dict") and hasattr(data.dataset, "load_state_dict")
-    state = data.dataset.state_dict() if stateful else None
-    steps = trial.steps(step, step + 1)
+    steps = other.steps(step, step + 1)
     try:
         return list(next(steps).batches)
     finally:
         steps.close()
-        if stateful:
-            data.dataset.load_state_dict(state)
 
 
 class _Always:
@@ -262,11 +253,6 @@ def _state_tensors(optimizer: torch.optim.Optimizer) -> int:
     except Exception:
         return 2  # an optimizer that cannot be made so easily: as much as Adam
     return sum(isinstance(v, Tensor) and v.shape == small.shape for v in made.state[small].values())
-
-
-def _buffers(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """A model's buffers with their values, kept in the host's memory."""
-    return [(buffer, buffer.detach().to("cpu", copy=True)) for buffer in model.buffers() if not buffer.is_meta]
 
 
 def _free(device: torch.device) -> None:

@@ -64,6 +64,8 @@ def _begin(run: Run) -> None:
     run.last_save = time.monotonic()
     run.engine.model.train()
     progress.start_clock()
+    if run.plan.steps > progress.stopped_plan:
+        progress.stop_reason = None  # it ended before a shorter plan, and is to go on now
     look_at_the_start(run)
     progress.passed_over |= passed_over(run)
     if run.fits:
@@ -91,6 +93,10 @@ def _steps(run: Run) -> None:
     )
     if progress.owes_evaluation:
         evaluate_now(run)
+        if run.saving_asked:
+            save_now(run)  # again, with its metrics: it is the best now
+    if run.stop_reason:
+        return  # what ended so, and was killed before it could say so, or what that evaluation has ended
     feed = Feed(run)
     try:
         for batches in feed:

@@ -40,6 +40,9 @@ class Progress:
     metrics: dict[str, Any] = field(default_factory=dict)
     #: An evaluation was due at this step and a signal left no time for it.
     owes_evaluation: bool = False
+    #: Why the training was ended before its plan, and of how many steps that plan was.
+    stop_reason: str | None = None
+    stopped_plan: int = 0
     seconds_before: float = 0.0
     _started: float | None = field(default=None, repr=False)
 
@@ -64,6 +67,8 @@ class Progress:
             "passed_over": sorted(self.passed_over),
             "metrics": dict(self.metrics),
             "owes_evaluation": self.owes_evaluation,
+            "stop_reason": self.stop_reason,
+            "stopped_plan": self.stopped_plan,
             "seconds": self.seconds,
         }
 
@@ -73,4 +78,6 @@ class Progress:
         self.in_a_row, self.passed_over = state["in_a_row"], set(state["passed_over"])
         self.metrics = dict(state["metrics"])
         self.owes_evaluation = state["owes_evaluation"]
+        # Checkpoints of older versions do not say.
+        self.stop_reason, self.stopped_plan = state.get("stop_reason"), state.get("stopped_plan", 0)
         self.seconds_before = state["seconds"]

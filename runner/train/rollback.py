@@ -62,7 +62,6 @@ def _forget(run: Run) -> None:
     """What the steps that are no more have left in the run: records, and what hooks asked for."""
     run.record = {}
     run.take_logged()
-    run.stop_reason = None
     run.evaluation_asked = run.saving_asked = run.save_told = False
     run.last_save = time.monotonic()
 

@@ -119,7 +119,6 @@ class Run:
     #: Where this process says what it is doing.
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
-    stop_reason: str | None = None
     #: The signal that asked this process for the end, or None.
     signal: int | None = None
     #: The signal that all processes know of, where there are several.
@@ -149,6 +148,11 @@ class Run:
     def metrics(self) -> Record:
         """The last evaluation's record."""
         return self.progress.metrics
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why the training ends before its plan, or None."""
+        return self.progress.stop_reason
 
     @property
     def evaluated(self) -> bool:
@@ -196,7 +200,8 @@ class Run:
 
     def stop(self, why: str) -> None:
         """Ends the training after this step, with an evaluation and a checkpoint."""
-        self.stop_reason = self.stop_reason or why
+        if self.progress.stop_reason is None:
+            self.progress.stop_reason, self.progress.stopped_plan = why, self.plan.steps
 
     def evaluate_soon(self) -> None:
         """Evaluates after this step."""

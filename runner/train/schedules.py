@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from typing import Any
 
 from torch.optim import Optimizer
@@ -62,7 +63,8 @@ class Schedule:
         self._metric = metric
         by_metric = isinstance(scheduler, ReduceLROnPlateau)
         self.step: Callable[[], Any] = _nothing if scheduler is None or by_metric else scheduler.step
-        self._configured = {} if scheduler is None else _plain(scheduler.state_dict())
+        # A copy: lists in it are those that the scheduler goes on with.
+        self._configured = {} if scheduler is None else deepcopy(_plain(scheduler.state_dict()))
         self._plateau = scheduler if isinstance(scheduler, ReduceLROnPlateau) else None
         self._first = [] if scheduler is None else [group["lr"] for group in scheduler.optimizer.param_groups]
         #: Whether the checkpoint that was loaded knew nothing of such a schedule.

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from runner.checkpoint import Checkpointer, SaveFailed
+from runner.checkpoint import Checkpointer, SaveFailed, store
 from runner.engine.model_state import ModelState, OptimizerState
 from runner.errors import InputError, RunnerError
 
@@ -296,6 +296,33 @@ class Net(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.body(x))
+
+
+def test_who_only_reads_changes_nothing(tmp_path: Path) -> None:
+    """What lies beside a checkpoint may be a save that another process is just making."""
+    from runner.api import state
+
+    path = Checkpointer(tmp_path, {"box": Box({"w": torch.ones(4)})}).save(1)
+    (tmp_path / ".tmp-step_00000002-ab12").mkdir()
+    for place in (tmp_path, path):
+        assert state.load(place, {"box": (box := Box({"w": torch.zeros(4)}))}) == path
+        assert torch.equal(box.state["w"], torch.ones(4))
+    assert {child.name for child in tmp_path.iterdir()} == {path.name, ".tmp-step_00000002-ab12"}
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_saved_checkpoint_counts_where_older_ones_cannot_be_looked_at(
+    tmp_path: Path, waits: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*arguments: Any) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    saver = Checkpointer(tmp_path, {"box": Box({"w": torch.ones(4)})})
+    monkeypatch.setattr(store, "expired", broken)
+    saver.save(1, wait=waits)
+    assert saver.finish() == ([] if waits else [tmp_path / "step_00000001"])
+    assert saver.latest() == tmp_path / "step_00000001"
+    assert "older checkpoints could not be looked at: Input/output error" in caplog.text
 
 
 def test_a_training_goes_on_bit_for_bit(tmp_path: Path) -> None:

@@ -96,8 +96,12 @@ def test_sweep_takes_leftovers_and_brings_back_what_was_being_replaced(tmp_path:
     make(tmp_path, 4)
     (tmp_path / ".old-step_00000004").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / ".trash-old-step_00000002-ef01").mkdir()
+    others = {".tmp-mine", ".old-notes", ".trash-can", ".tmp-step_of_mine-1"}
+    for name in others:
+        (tmp_path / name).mkdir()
     store.sweep(tmp_path)
-    assert names(tmp_path) == {"step_00000002", "step_00000004", "notes.txt"}
+    assert names(tmp_path) == {"step_00000002", "step_00000004", "notes.txt", *others}
     assert store.latest(tmp_path) == tmp_path / "step_00000004"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -124,6 +125,46 @@ def test_a_finished_run_is_not_taken_for_another_one(
     assert "precision.name fp32 -> bf16" in said
     assert "(without effect, because nothing is left to do)" in said
     assert summary(tmp_path / "r") == told
+
+
+def test_a_run_that_is_named_and_has_nothing_left_says_so(
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli("+recipe=smoke", "run_dir=a") == 0
+    for words in (["resume=a"], ["resume=a/checkpoints/step_00000016", "run_dir=b"]):
+        capsys.readouterr()
+        assert cli("+recipe=smoke", *words) == 0
+        assert "a is already complete: 16 steps; a larger" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"a"}
+
+
+@pytest.mark.parametrize("more", [[], ["checkpoint=none"]])
+def test_a_command_is_repeated_though_what_it_begins_from_has_gone(
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    """A scheduler repeats a command; the other run has gone on meanwhile, and pruned its checkpoint."""
+    assert cli("+recipe=smoke", "run_dir=a", "train.steps=4") == 0
+    source = tmp_path / "a" / "checkpoints" / "step_00000004"
+    words = ["+recipe=smoke", "run_dir=b", f"resume={source}", "train.steps=8", *more]
+    if not more:
+        crash = "hooks.crash={_target_: small.Crash, step: 7}"
+        assert cli(*words, "checkpoint.every.steps=2", crash) == 1
+        shutil.rmtree(source)
+        capsys.readouterr()
+    assert cli(*words) == 0
+    assert ("goes on  after step 6" if not more else "goes on  after step 4") in capsys.readouterr().out
+    if more:
+        shutil.rmtree(source)
+    assert cli(*words) == 0
+    assert "already complete: 8 steps" in capsys.readouterr().out
+
+
+def test_going_back_without_checkpoints_sets_aside_what_came_later(cli: Cli, tmp_path: Path) -> None:
+    assert cli("+recipe=smoke", "run_dir=r", "train.steps=8", "checkpoint.every.steps=4") == 0
+    first = "resume=r/checkpoints/step_00000004"
+    assert cli("+recipe=smoke", "run_dir=r", "train.steps=6", "checkpoint=none", first) == 0
+    assert [path.name for path in (tmp_path / "r" / "checkpoints").glob("step_*")] == ["step_00000004"]
+    assert len(list((tmp_path / "r" / "checkpoints").glob("left-*/step_00000008"))) == 1
 
 
 def test_a_run_without_a_checkpoint_begins_anew_and_says_so(

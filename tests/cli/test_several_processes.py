@@ -80,6 +80,41 @@ def test_two_processes_train_what_one_does(home: Path, smoke: Told, backend: str
     assert [line.split()[:2] for line in told.err.splitlines()] == [line.split()[:2] for line in alike.splitlines()]
 
 
+UNLIKE = """\
+import os
+
+import torch
+
+from runner.data.synthetic import separable_classification
+
+
+def data(other):
+    second = os.environ.get("RANK") == "1"
+    if second and other == "version":
+        torch.__version__ = "2.1.0"
+    samples = 56 if second and other == "length" else 64
+    return separable_classification(samples, 16, 4, seed=int(second and other == "contents"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ("contents", "data.train has other contents on rank 1 than on rank 0: 16 of 16"),
+        ("length", "data.train has 64 samples on rank 0 and 56 samples on rank 1"),
+        ("version", "rank 1 has torch 2.1.0, and rank 0 has 2."),
+    ],
+)
+def test_processes_that_see_other_things(home: Path, other: str, said: str) -> None:
+    """Nothing of it would fail by itself: samples would be missing and double."""
+    (home / "unlike.py").write_text(UNLIKE)
+    told = start(home, *SMOKE, f"data.train={{_target_: unlike.data, other: {other}}}", "train.steps=4")
+    assert told.code == 2
+    assert said in " ".join(told.err.split())
+    assert told.err.count("fix:") == 1
+    assert not told.folder.exists()
+
+
 def test_recomputing_compiling_and_one_reader_change_nothing(home: Path) -> None:
     words = ("+recipe=words", "activation_checkpointing=full", "compile={backend: aot_eager, scope: block}")
     told = start(home, *words, *TWO, "data.reader=main", "debug=true")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
 from guarantees.cases_g05 import Case, cases, run
+from runner.__main__ import main
 from runner.checkpoint import Checkpointer, SaveFailed
 
 #: One of each way to refuse, waiting and beside the training, and one more.
@@ -19,6 +24,30 @@ _SHORT = list({(case.kind, case.waits): case for case in reversed(cases(160, see
 @pytest.mark.parametrize("case", [*_SHORT, cases(160, seed=1)[0]], ids=str)
 def test_a_disk_that_does_not_take_it(case: Case, tmp_path: Path) -> None:
     assert run(case, tmp_path) is None
+
+
+TROUBLE = """\
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from runner.train.hook import Hook
+
+
+class Disk(Hook):
+    def __init__(self, what, at, until=None):
+        self.what, self.at, self.until = what, at, until
+
+    def on_step_end(self, run):
+        if run.progress.step == self.at and self.what == "vanished":
+            shutil.rmtree(run.folder.path)
+        elif run.progress.step == self.at:
+            with suppress(OSError), Path("other").open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        if run.progress.step == self.until:
+            Path("other").unlink()
+"""
 
 
 @pytest.fixture
@@ -76,6 +105,80 @@ def test_a_small_disk(small_disk: Path, waits: bool, lies: bool, monkeypatch: py
     saver.save(3, wait=waits)
     assert saver.finish() == ([] if waits else [folder / "step_00000003"])
     assert saver.latest() == folder / "step_00000003"
+
+
+def train(disk: Path, monkeypatch: pytest.MonkeyPatch, *words: str, what: str = "full", **about: int) -> int:
+    """A run of 16 steps with a checkpoint every 4 of them, to whose disk something happens."""
+    (disk / "trouble_g05.py").write_text(TROUBLE)
+    monkeypatch.chdir(disk)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "trouble_g05", raising=False)
+    hook = ", ".join(["_target_: trouble_g05.Disk", f"what: {what}", *(f"{key}: {at}" for key, at in about.items())])
+    smoke = ["+recipe=smoke", "run_dir=r", "device=cpu", "log.every=1", "trackers.tensorboard=null"]
+    return main([*smoke, "checkpoint.every.steps=4", "checkpoint.async=false", *words, f"hooks.disk={{{hook}}}"])
+
+
+def steps(run: Path) -> list[int]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record["step"] for record in records if record["split"] == "train"]
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_a_run_bears_a_disk_that_is_full_for_a_while(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither status.json nor a record ends it; what could not be written of the records is written later."""
+    assert train(small_disk, monkeypatch, "checkpoint.on_error=continue", at=5, until=10) == 0
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err + said.out
+    assert said.out.count("step_00000008 could not be saved: No space left on device") == 1
+    assert "the last good checkpoint is" in said.out
+    run = small_disk / "r"
+    assert checkpoints(run) == ["step_00000012", "step_00000016"]
+    assert steps(run) == list(range(1, 17))
+    assert json.loads((run / "status.json").read_text())["state"] == "completed"
+    assert json.loads((run / "summary.json").read_text())["status"] == "completed"
+
+
+def test_a_full_disk_stops_a_run_which_then_goes_on(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(small_disk, monkeypatch, "checkpoint.on_error=stop", at=5) == 1
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err + said.out
+    assert re.search(
+        r"^error: smoke failed after step 8: \S+step_00000008 could not be saved: No space left on device "
+        r"\(it takes [0-9,]+ bytes, [0-9,]+ are free\); the last good checkpoint is \S+step_00000004$",
+        said.err,
+        re.MULTILINE,
+    )
+    assert checkpoints(small_disk / "r") == ["step_00000004"]
+    (small_disk / "other").unlink()
+    assert train(small_disk, monkeypatch, at=99) == 0
+    assert steps(small_disk / "r") == list(range(1, 17))
+
+
+def test_a_run_whose_folder_vanishes_says_so(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(small_disk, monkeypatch, "checkpoint.on_error=continue", what="vanished", at=5) == 1
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err + said.out
+    assert said.out.count("status.json cannot be written, and stays as it was: No such file or directory") == 1
+    assert "step_00000016 could not be saved: No such file or directory" in said.err
+
+
+def test_a_run_does_not_begin_on_a_full_disk(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with suppress(OSError), (small_disk / "other").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    assert main(["+recipe=smoke", f"run_dir={small_disk / 'r'}", "device=cpu"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "cannot be written: No space left on device" in said
+    assert not (small_disk / "r").exists()
 
 
 def test_a_disk_that_becomes_read_only(small_disk: Path) -> None:

@@ -282,6 +282,39 @@ def test_killed_after_everything_is_saved(job: Job, tmp_path: Path) -> None:
     assert again.summary["steps"] == 15
 
 
+def test_a_training_that_was_stopped_early_stays_so(job: Job, tmp_path: Path) -> None:
+    """Killed after everything is saved, and before anybody said so; a longer plan goes on from there."""
+    settings = {**HARD, "eval__every": 4}
+    stops = {"stop": spec("runner.hooks.early_stop.EarlyStop", metric="loss", mode="min", patience=1)}
+    whole = job("whole", **settings, hooks={**hooks(), **stops, "end": at(tmp_path / "killed")})
+    assert whole.summary["steps"] == 8
+    again = job("killed", **settings, hooks={**hooks(), **stops})
+    assert again.code == 0
+    assert again.watch.losses == []
+    same(whole, again)
+    assert again.summary["steps"] == 8
+    assert again.summary["status"] == "completed"
+    longer = job("killed", **{**settings, "train__epochs": 4}, hooks={**hooks(), **stops})
+    assert longer.summary["steps"] == 12
+    # Whoever names it as a beginning wants to go on.
+    other = job("other", **settings, hooks=hooks(), resume=str(tmp_path / "whole"))
+    assert other.summary["steps"] == 15
+
+
+def test_the_best_is_kept_where_its_evaluation_was_owed(job: Job) -> None:
+    best = {"checkpoint__best": {"metric": "loss", "mode": "min"}, "checkpoint__every": {"steps": 5}}
+    settings = {**HARD, **best, "eval__every": 4}
+    whole = job("whole", **settings)
+    assert whole.summary["best"]["step"] == 4
+    assert job("cut", **settings, hooks=hooks("Interrupt", step=4)).code == 75
+    again = job("cut", **settings)
+    same(whole, again)
+    for key in ("metric", "value", "step"):
+        assert again.summary["best"][key] == whole.summary["best"][key]
+    kept = [sorted(path.name for path in (run.path / "checkpoints").iterdir()) for run in (whole, again)]
+    assert kept[0] == kept[1]
+
+
 def at(folder: Path) -> dict[str, Any]:
     return spec("test_resume.At", to=str(folder))
 

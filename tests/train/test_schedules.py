@@ -282,6 +282,29 @@ def test_a_schedulers_own_counters_are_kept() -> None:
     assert second._scheduler.get_last_lr() == [1 / 7]
 
 
+class Remembers(Phases):
+    """Keeps its rates in a list that it goes on with."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.past: list[float] = []
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        self.past.append(1.0)
+        return [base / len(self.past) for base in self.base_lrs]
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")
+def test_a_list_of_a_schedulers_own_is_kept() -> None:
+    first = Schedule(Remembers(optimizer()))
+    for _ in range(5):
+        first.step()
+    second = Schedule(Remembers(optimizer()))
+    second.load_state_dict(first.state_dict())
+    second.step()
+    assert second._scheduler.get_last_lr() == [1 / 7]
+
+
 @pytest.mark.parametrize(
     "make",
     [
