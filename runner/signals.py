@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 PREEMPTED, INTERRUPTED = 75, 130
@@ -20,6 +20,8 @@ NOTHING_TO_SAVE = "nothing to save; the same command starts again"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 #: One signal for all processes of a job comes to each of them twice: from who sent it, and handed on by a parent.
 TWICE = 0.5
+#: Within this time the system has told of the end of a data worker whose connection broke.
+_TOLD = 1.0
 
 T = TypeVar("T")
 
@@ -31,6 +33,16 @@ def exit_code(number: int) -> int:
 def at_once(number: int) -> int:
     """The exit code after a second signal."""
     return INTERRUPTED if number == signal.SIGINT else 128 + signal.SIGTERM
+
+
+def speak_up(text: str) -> None:
+    """Tells the user something from within a signal handler.
+
+    Not by the logger: the signal may have come while that held its lock. And whoever reads may have gone with the same
+    signal, as the terminal (SIGHUP) or the `tee` behind a pipe (Ctrl-C) has.
+    """
+    with suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())
 
 
 def heard() -> list[signal.Signals]:
@@ -92,9 +104,7 @@ class Signals:
             raise Interrupted(number)
         self._run.signal = number
         if self.speaks:
-            # No logging here: the signal may have come while the logger held its lock.
-            name = signal.Signals(number).name
-            os.write(2, f"\n{name}: finishing this step and saving; once more to leave at once\n".encode())
+            speak_up(f"{signal.Signals(number).name}: finishing this step and saving; once more to leave at once")
         if self._waits and not self.patient:
             raise Interrupted(number)
 
@@ -151,6 +161,11 @@ def awaited(get: Any, *arguments: T) -> Any:
     except Interrupted:
         end_workers()  # before their loader goes, which would wait some seconds for each of them
         raise
+    except (ConnectionError, EOFError):
+        # A worker that dies closes its connections first. Once the system tells of its end, torch's handler of that
+        # raises the true cause: here, and not where this one is being told.
+        time.sleep(_TOLD)
+        raise
 
 
 # --- processes that a training process has started -------------------------------------------------------------------
@@ -168,6 +183,9 @@ def in_worker(number: int = 0) -> None:
     """To be called first in a data worker (`worker_init_fn`): it ends with its training process, and by it alone."""
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
+    for each in (signal.SIGTSTP, signal.SIGCONT):
+        if signal.getsignal(each) == signal.SIG_DFL:
+            signal.signal(each, signal.SIG_DFL)  # the training process's watchdog has an ear for them (launch.watch)
     _nameless_sockets()
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:

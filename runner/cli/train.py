@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner import trust
+from runner.console import say, scrub
 from runner.distributed import Ranks
 from runner.errors import Elsewhere, InputError, Mark, Problem
 from runner.folder import RunFolder
@@ -44,8 +46,8 @@ def composed(invocation: Invocation, environment: Environment, started: float) -
     directory = Path.cwd()
     composition = compose(invocation.overrides, directory=directory, config_dirs=invocation.config_dirs)
     raise_problems([*invocation.problems, *problems_of(composition, environment)], composition)
-    for note in composition.notes:
-        print(note, file=sys.stderr if invocation.json else sys.stdout, flush=True)
+    for note in [*composition.notes, *processes.notes(composition.config, environment)]:
+        say(f"{note}\n", sys.stderr if invocation.json else sys.stdout)
     plan = plan_of(composition, command_of(invocation), directory, environment, started)
     if invocation.json:
         plan.json, plan.terminal = True, "dumb"
@@ -151,6 +153,12 @@ def work(plan: WorkPlan | None, ranks: Ranks) -> int:
             record(plan, ranks, error, code)
     except InputError as error:
         code = _refused(error, plan, ranks, store)
+    except BrokenPipeError:
+        if plan.report is not None:
+            raise
+        # Handled here: __main__ takes it for a reader who has seen enough of a list, and that is no failure.
+        say(scrub(traceback.format_exc()), sys.stderr)
+        code = 1
     if code in (1, InputError.exit_code) and store is not None and ranks.keep_store:
         share(plan, ranks, store)
     return code
@@ -196,7 +204,8 @@ def _agreed(plan: WorkPlan | None, ranks: Ranks, store: Store) -> WorkPlan | Non
         store.add("refused", 1)
         return None
     own = None if plan is None else plan.report
-    return replace(WorkPlan.parse(text), report=own, terminal="dumb")
+    # The summary on stdout (--json) is said once, by the first process.
+    return replace(WorkPlan.parse(text), report=own, terminal="dumb", json=False)
 
 
 def _refuse(ranks: Ranks) -> None:
@@ -214,7 +223,5 @@ def _refuse(ranks: Ranks) -> None:
 def show(error: InputError, origins: dict[str, Mark], directory: Path, full: bool) -> None:
     """Prints all problems of an InputError to stderr, with the traceback only where HYDRA_FULL_ERROR asks for it."""
     if full:
-        import traceback
-
-        traceback.print_exception(error)
-    print(render(list(error.problems), origins, directory=directory), file=sys.stderr, flush=True)
+        say("".join(traceback.format_exception(error)), sys.stderr)
+    say(f"{render(list(error.problems), origins, directory=directory)}\n", sys.stderr)

@@ -9,7 +9,6 @@ import signal
 import socket
 import struct
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -21,9 +20,9 @@ from runner.errors import InputError, Problem, RunnerError
 from runner.launch.failure import failures
 from runner.launch.local import Ending, heard_signals, tell, threads
 from runner.launch.processes import address
-from runner.launch.report import SIGNAL
+from runner.launch.report import SIGNAL, temporary
 from runner.launch.worker import WorkPlan, command
-from runner.signals import NOTHING_TO_SAVE, exit_code
+from runner.signals import NOTHING_TO_SAVE, exit_code, speak_up
 
 #: Seconds that the agent gives the other processes of a node once one has failed.
 _GRACE = 5
@@ -34,10 +33,13 @@ def run(work: str, plan: WorkPlan, nproc: int) -> int:
 
     Every node is started with the same command. Raises InputError where the nodes do not meet.
     """
-    with tempfile.TemporaryDirectory(prefix="runner-", ignore_cleanup_errors=True) as folder:
+    with temporary() as folder:
         plan = replace(plan, report=folder)
         path = Path(folder, "plan.json")
-        plan.save(path)
+        try:
+            plan.save(path)
+        except OSError as error:
+            raise RunnerError(f"this node's processes cannot be started: {error}") from error
         _set_environment(plan, nproc)
         with heard_signals(partial(_forward, Path(folder)), partial(_kill, Path(folder))) as got:
             endings = _launch(plan, nproc, command(work, path), Path(folder))
@@ -116,7 +118,7 @@ def _forward(folder: Path, number: int, rank: int | None) -> None:
     (folder / SIGNAL).write_text(str(number))  # for those that are about to start
     pids = _pids(folder)
     if not pids:
-        os.write(2, f"\ninterrupted before the first step: {NOTHING_TO_SAVE}\n".encode())
+        speak_up(f"interrupted before the first step: {NOTHING_TO_SAVE}")
         shutil.rmtree(folder, ignore_errors=True)
         os._exit(exit_code(number))
     for pid in pids:

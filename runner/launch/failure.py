@@ -35,6 +35,9 @@ _GONE = re.compile(
     r"remote process|ncclRemoteError|ncclSystemError|NCCL communicator was aborted|store may be|failed to recv",
     re.IGNORECASE,
 )
+#: How torch says that a data worker was killed, or is gone: in a thread it cannot know why.
+_KILLED = "killed by signal: Killed"
+_WORKER_GONE = re.compile(rf"DataLoader worker .*({_KILLED}|exited unexpectedly)")
 #: Seconds for the processes to tell each other why the input is refused.
 _COMES = 2.0
 #: A line of a log that is on the terminal as well.
@@ -125,8 +128,9 @@ def worded(error: BaseException, key: str | None = None) -> str:
     if isinstance(error, RunnerError):
         return scrub(str(error))
     text = scrub(f"{type(error).__name__}: {error}")
-    if "DataLoader worker" in text and "killed by signal: Killed" in text:
-        text += ": likely out of memory, try a smaller data.num_workers"
+    if _WORKER_GONE.search(text):
+        how_sure = "likely" if _KILLED in f"{text} {error.__cause__}" else "perhaps"
+        text = f"{text.rstrip('. ')}: {how_sure} out of memory, try a smaller data.num_workers"
     return text if key is None else f"{text} (in {key})"
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from runner.folder import RunFolder
 from runner.heartbeat import ENDING, Beat, last
 from runner.launch import watch
 from runner.launch.failure import Failure, capture, failures, said, show, told_run
-from runner.launch.report import BEAT, OUTPUT, PLAN, STACKS, Report, file_of
+from runner.launch.report import BEAT, OUTPUT, PLAN, STACKS, Report, file_of, files_allowed, temporary
 from runner.launch.watch import LOOK, View, Watch
 from runner.launch.worker import WorkPlan, command
 from runner.signals import INTERRUPTED, PREEMPTED, SIGNALS, TWICE, at_once, exit_code, heard
@@ -33,6 +33,10 @@ _GRACE, _GRACE_SAVING = 3.0, 30.0
 _POLL = 0.02
 #: A step that fails so often is not tried again.
 _CRASHES = 3
+#: Files that rank 0 keeps open beside two connections to each process, the group's and the store's. Where it may have
+#: no more, it takes no connection, and the others wait for ever.
+_FILES = 32
+_MORE_FILES = "allow more, for example `ulimit -n 4096`"
 
 
 def supervise(work: str, plan: WorkPlan, nproc: int) -> int:
@@ -92,7 +96,7 @@ def _report(nproc: int) -> Iterator[Report]:
         finally:
             report.close()
         return
-    with tempfile.TemporaryDirectory(prefix="runner-", ignore_cleanup_errors=True) as folder:
+    with temporary() as folder:
         yield Report(folder)
 
 
@@ -230,42 +234,52 @@ class Node:
     def start(self) -> None:
         """Starts all processes. The store's port is open before, and rank 0 inherits it: no other program can take it.
 
-        Raises RunnerError where the system allows no more processes.
+        Raises RunnerError where the system allows no more processes, or too few files.
         """
-        self._report.write(PLAN, self.plan.text())
-        with socket.create_server(("127.0.0.1", 0)) as listening:
-            common = environment(self.plan, self.nproc, listening.getsockname()[1])
-            for rank in range(self.nproc):
-                listen = listening.fileno() if rank == 0 and self.nproc > 1 else None
-                self._start(rank, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, listen)
+        files, allowed = _FILES + 2 * self.nproc, files_allowed()
+        if self.nproc > 1 and files > allowed:
+            why = f"the first keeps about {files} files and connections open, and the system allows {allowed:.0f}"
+            raise RunnerError(f"{self.nproc} processes cannot be started: {why}: {_MORE_FILES}")
+        try:
+            self._report.write(PLAN, self.plan.text())
+            with socket.create_server(("127.0.0.1", 0)) as listening:
+                common = environment(self.plan, self.nproc, listening.getsockname()[1])
+                for rank in range(self.nproc):
+                    listen = listening.fileno() if rank == 0 and self.nproc > 1 else None
+                    self._start(rank, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, listen)
+        except OSError as error:
+            which = f"process {len(self.processes) + 1} of {self.nproc}"
+            fix = f": {_MORE_FILES}" if error.errno == errno.EMFILE else ""
+            raise RunnerError(f"{which} cannot be started: {error}{fix}") from error
 
     def _start(self, rank: int, variables: dict[str, str], listen: int | None) -> None:
-        output = None if rank == 0 else capture(self._report.path(file_of(rank, OUTPUT)))
-        ear, mouth = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC) if hasattr(os, "pipe2") else os.pipe()
-        os.set_blocking(ear, False)
-        os.set_blocking(mouth, False)
-        options = {"listen": listen, "tell": mouth, "attempt": self.attempt}
-        words = [sys.executable, *command(self.work, self._report.path(PLAN), **options)]
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
-            popen = subprocess.Popen(
-                words,
-                env=variables,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                pass_fds=[number for number in (listen, mouth) if number is not None],
-                process_group=0,
-            )
-            self.processes.append(Process(rank, popen, ear))
-        except OSError as error:
-            os.close(ear)
-            raise RunnerError(f"process {rank + 1} of {self.nproc} cannot be started: {error}") from error
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            os.close(mouth)
+        with ExitStack() as opened:
+            output = None if rank == 0 else capture(self._report.path(file_of(rank, OUTPUT)))
             if output is not None:
-                os.close(output)
+                opened.callback(os.close, output)
+            ear, mouth = os.pipe()
+            opened.callback(os.close, mouth)
+            os.set_blocking(ear, False)
+            os.set_blocking(mouth, False)
+            options = {"listen": listen, "tell": mouth, "attempt": self.attempt}
+            words = [sys.executable, *command(self.work, self._report.path(PLAN), **options)]
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            try:
+                popen = subprocess.Popen(
+                    words,
+                    env=variables,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    pass_fds=[number for number in (listen, mouth) if number is not None],
+                    process_group=0,
+                )
+                self.processes.append(Process(rank, popen, ear))
+            except OSError:
+                os.close(ear)
+                raise
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if self._heard.received is not None:
             popen.send_signal(self._heard.received)
 

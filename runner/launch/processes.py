@@ -37,6 +37,19 @@ def check(config: Mapping[str, Any], environment: Environment) -> list[Problem]:
     return [*_several_nodes(config), *_too_many(config, on_node(config), environment)]
 
 
+def notes(config: Mapping[str, Any], environment: Environment) -> list[str]:
+    """What has no effect where another launcher has started the processes."""
+    restarts, ranks = _number(_launch(config).get("max_restarts")), environment.ranks
+    if restarts is None or ranks is None or ranks.world_size == 1:
+        return []
+    again = {
+        "torchrun": f"torchrun, which starts the processes again itself: torchrun --max-restarts={restarts}",
+        "srun": "srun: the scheduler starts the job again (sbatch --requeue)",
+    }
+    under = again.get(environment.launcher or "", "another launcher")
+    return [f"launch.max_restarts={restarts} has no effect under {under}"]
+
+
 def _disagreements(config: Mapping[str, Any], ranks: Ranks) -> list[Problem]:
     problems = []
     given = _number(_launch(config).get("nproc_per_node"))

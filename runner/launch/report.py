@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
+import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
+
+from runner.errors import RunnerError
 
 #: In the report: the plan, a signal that came before a process could hear it, the run's folder.
 PLAN, SIGNAL, RUN = "plan.json", "signal", "run.json"
@@ -14,10 +18,29 @@ PLAN, SIGNAL, RUN = "plan.json", "signal", "run.json"
 OUTPUT, FAILURE, BEAT, STACKS = "out", "json", "beat", "stacks"
 
 _MEMORY = "memory:"
+#: Files that a parent has open beside these, and one for each of its processes.
+_OTHERS = 16
+
+
+def files_allowed() -> float:
+    """How many files this process may have open (`ulimit -n`)."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return float("inf") if soft == resource.RLIM_INFINITY else soft
 
 
 def file_of(rank: int, what: str) -> str:
     return f"rank_{rank}.{what}"
+
+
+@contextmanager
+def temporary() -> Iterator[str]:
+    """A folder for a report, which goes away again. Raises RunnerError where there is no place for one."""
+    try:
+        made = tempfile.TemporaryDirectory(prefix="runner-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise RunnerError(f"no folder can be made for what the processes tell their parent: {error}") from error
+    with made as folder:
+        yield folder
 
 
 class Report:
@@ -48,11 +71,18 @@ class Report:
         if not hasattr(os, "memfd_create") or not Path("/proc/self/fd").is_dir():
             return None
         ranks = [file_of(rank, what) for rank in range(nproc) for what in (OUTPUT, FAILURE, BEAT, STACKS)]
+        names = (PLAN, SIGNAL, RUN, *ranks)
+        if len(names) + nproc + _OTHERS > files_allowed():
+            return None  # the parent needs some to start its processes
+        made: dict[str, int] = {}
         try:
-            pairs = [f"{name}={os.memfd_create(f'runner-{name}')}" for name in (PLAN, SIGNAL, RUN, *ranks)]
-        except OSError:
-            return None  # too many files, or not allowed
-        return cls(f"{_MEMORY}{os.getpid()}:{','.join(pairs)}")
+            for name in names:
+                made[name] = os.memfd_create(f"runner-{name}")
+        except OSError:  # not allowed, or no more files
+            for descriptor in made.values():
+                os.close(descriptor)
+            return None
+        return cls(f"{_MEMORY}{os.getpid()}:{','.join(f'{name}={made[name]}' for name in made)}")
 
     def path(self, name: str) -> Path:
         """By which any process may open the file."""

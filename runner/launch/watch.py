@@ -31,6 +31,7 @@ _TOGETHER = re.compile(r"torch/distributed/|runner/distributed\.py|torch/autogra
 _LIBRARY = re.compile(r"site-packages/|dist-packages/|lib/python3|<frozen|<string>")
 _PACKAGE = Path(__file__).resolve().parent.parent
 _LAST = re.compile(r"( in <module>| in _run_module_as_main|  \.\.\.)\n$")
+_STOPPED_WORKER = re.compile(r"\ndata worker (\d+): stopped")
 _FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in (?P<name>.*)')
 
 
@@ -75,14 +76,19 @@ class Watch:
         now = time.monotonic()
         away = now - self._looked - 1.0
         if away > 0:  # this process was stopped, perhaps with all of them
-            self.since = [since + away for since in self.since]
-            self.changed += away
+            self.leave_out(away)
         self._looked = now
         for rank, read in enumerate(self._read):
             beat = read()
             if beat.beats != self.beats[rank].beats:
                 self.beats[rank], self.since[rank], self.changed = beat, now, now
         return now - self.changed >= self.limit
+
+    def leave_out(self, seconds: float) -> None:
+        """Does not count the last seconds."""
+        self.since = [since + seconds for since in self.since]
+        self.changed += seconds
+        self._looked += seconds
 
     @property
     def limit(self) -> float:
@@ -123,9 +129,11 @@ class View:
 
     @property
     def where(self) -> str:
-        """The user's own code, where it is in the stack; of data workers where these are waited for."""
+        """The user's own code, where it is in the stack; where data are waited for, a worker's, or which is stopped."""
         frames = self.frames
         if self.beat.phase in (DATA, EVALUATION):
+            if still := _STOPPED_WORKER.search(self.stacks):
+                return f", data worker {still[1]} is stopped (SIGSTOP)"
             _, _, workers = self.stacks.partition("\ndata worker ")
             frames = [*frames, *((m["file"], int(m["line"]), m["name"]) for m in _FRAME.finditer(workers))]
         own = next((f for f in frames if not (_LIBRARY.search(f[0]) or _PACKAGE in Path(f[0]).parents)), None)
@@ -199,13 +207,17 @@ def ask(pids: Sequence[int], files: Sequence[Path]) -> list[str]:
     asked = [(path, worker) for pid, path in zip(pids, files, strict=True) for worker in workers_of(pid)]
     for path, worker in asked[:16]:
         with path.open("a") as file:
-            file.write(f"\ndata worker {worker}:\n")
+            file.write(_of_worker(worker))
         before = path.stat().st_size
         _signal(worker, dump_signal())
         until = time.monotonic() + 0.02
         while time.monotonic() < until and path.stat().st_size == before:
             time.sleep(0.002)
     return [path.read_text(errors="replace") for path in files]
+
+
+def _of_worker(pid: int) -> str:
+    return f"\ndata worker {pid}: {'stopped (SIGSTOP)' if stopped(pid) else 'runs'}\n"
 
 
 def _wait(files: Iterable[Path]) -> None:
@@ -251,12 +263,43 @@ def told(seconds: float, what: str, path: Path | None) -> str:
 # --- a process that nobody watches ------------------------------------------------------------------------------------
 
 
+class Ear:
+    """Hears a signal also while a call of C keeps Python from its handlers: in a collective, or with the GIL held.
+
+    The handler is faulthandler's, which writes into a pipe; what it writes is of no interest.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._pipe = os.pipe()
+        for descriptor in self._pipe:
+            os.set_blocking(descriptor, False)
+        faulthandler.register(number, file=self._pipe[1], all_threads=False, chain=False)
+
+    def heard(self) -> bool:
+        """Whether the signal has come since the last call."""
+        found = False
+        with suppress(BlockingIOError):
+            while os.read(self._pipe[0], 65536):
+                found = True
+        return found
+
+    def close(self) -> None:
+        faulthandler.unregister(self._number)
+        for descriptor in self._pipe:
+            os.close(descriptor)
+
+
 class Watchdog:
     """Watches this process from within, where no parent does: alone, or under another launcher.
 
     A thread looks at the signs of life and, at a hang, writes the stacks and calls `ends` with what to say. Where a
     call holds the GIL, no thread of Python runs any more: timers of the system, wound up again while all goes well,
     then write the stacks into the file and to stderr, and end the process with code 1.
+
+    The timers would go on while the process is stopped, and end it when it goes on. So it stops in order: asked to by
+    SIGTSTP (Ctrl-Z; SLURM's suspend, before its SIGSTOP), the thread puts the timers away before. Of a SIGSTOP alone
+    nobody hears before it has come.
 
     Args:
         heartbeat: what the loop beats.
@@ -286,6 +329,7 @@ class Watchdog:
         self._file: Any = None
         self._error = _descriptor(sys.stderr)
         self._alarm = False
+        self._ears: list[Ear] = []
         self._wound = 0.0
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -296,6 +340,8 @@ class Watchdog:
         if main and signal.getsignal(signal.SIGALRM) is signal.SIG_DFL:
             faulthandler.register(signal.SIGALRM, file=self._file.fileno(), all_threads=True, chain=False)
             self._alarm = True
+        if main and signal.getsignal(signal.SIGTSTP) is signal.getsignal(signal.SIGCONT) is signal.SIG_DFL:
+            self._ears = [Ear(signal.SIGTSTP), Ear(signal.SIGCONT)]
         self._wind()  # here: the thread may not come to it any more
         self._thread.start()
         return self
@@ -304,10 +350,11 @@ class Watchdog:
         """Ends the watch; the timers are off."""
         self._over.set()
         self._thread.join(2.0)
-        faulthandler.cancel_dump_traceback_later()
+        self._unwind()
         if self._alarm:
-            signal.setitimer(signal.ITIMER_REAL, 0)
             faulthandler.unregister(signal.SIGALRM)
+        for ear in self._ears:
+            ear.close()
         if self._file is not None:
             empty = self._file.tell() == 0
             path = Path(self._file.name)
@@ -319,6 +366,8 @@ class Watchdog:
     def _run(self) -> None:
         pause = min(self._PAUSE, self._timeout / 4)
         while not self._over.wait(pause):
+            if self._asked_to_stop():
+                self._stops()
             if self._watch.look():
                 self._hangs()
                 return
@@ -334,17 +383,37 @@ class Watchdog:
             signal.setitimer(signal.ITIMER_REAL, seconds)
         faulthandler.dump_traceback_later(seconds + 0.1, exit=True, file=self._error or self._file)
 
-    def _hangs(self) -> None:
+    def _unwind(self) -> None:
         faulthandler.cancel_dump_traceback_later()
         if self._alarm:
             signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _asked_to_stop(self) -> bool:
+        """Whether SIGTSTP has come; not where SIGCONT came as well, which would not come again."""
+        stop, go_on = [ear.heard() for ear in self._ears] or [False, False]
+        return stop and not go_on
+
+    def _stops(self) -> None:
+        """Stops the whole process, for its shell like any other; comes back when it goes on."""
+        self._unwind()
+        before = time.monotonic()
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # to this thread: it does not run on meanwhile
+        self._watch.leave_out(time.monotonic() - before)
+        if not self._over.is_set():
+            self._asked_to_stop()  # the SIGCONT that has just come
+            self._wind()
+
+    def _hangs(self) -> None:
+        self._unwind()
         file = self._file
         file.write(f"=== rank {self._rank}, process {os.getpid()}, {self._watch.beats[0]}\n")
         file.flush()
         faulthandler.dump_traceback(file=file.fileno(), all_threads=True)
         stacks = _main_stack()
         for worker in workers_of(os.getpid()):
-            file.write(f"\ndata worker {worker}: {'stopped' if stopped(worker) else 'runs'}\n")
+            line = _of_worker(worker)
+            file.write(line)
+            stacks += line
         file.flush()
         view = View(self._rank, self._watch.beats[0], False, stacks)
         if view.waits_for_others and not self._over.is_set():

@@ -29,7 +29,7 @@ from runner.launch.environment import Environment
 from runner.launch.failure import Failure, capture, captured, record, show
 from runner.launch.report import OUTPUT, SIGNAL, STACKS, Report, file_of
 from runner.launch.watch import answer
-from runner.signals import INTERRUPTED, NOTHING_TO_SAVE, PREEMPTED, SIGNALS, end_with, exit_code, heard
+from runner.signals import INTERRUPTED, NOTHING_TO_SAVE, PREEMPTED, SIGNALS, end_with, exit_code, heard, speak_up
 
 
 @dataclass
@@ -183,8 +183,7 @@ def leave_on_signals(*, speaks: bool = True) -> dict[signal.Signals, Any]:
 
     def leave_at_once(number: int, frame: Any) -> None:
         if speaks:
-            with suppress(OSError):  # the terminal may have gone
-                os.write(2, f"\ninterrupted before the first step: {NOTHING_TO_SAVE}\n".encode())
+            speak_up(f"interrupted before the first step: {NOTHING_TO_SAVE}")
         os._exit(exit_code(number))
 
     try:

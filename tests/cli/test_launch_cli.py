@@ -16,6 +16,11 @@ from typing import Any
 import pytest
 from programs import begin, living
 
+from runner.cli.train import composed
+from runner.distributed import Ranks
+from runner.launch.environment import Environment
+from runner.recipe.overrides import parse_arguments
+
 HOST = socket.gethostname()
 MINE = """\
 import os
@@ -130,10 +135,21 @@ def torchrun() -> tuple[str, ...]:
 
 
 def test_under_torchrun(tmp_path: Path, ended: Any) -> None:
-    code, out, err = ended(begin(tmp_path, "+recipe=smoke", "device=cpu", "run_dir=r", program=torchrun()))
+    words = ("+recipe=smoke", "device=cpu", "run_dir=r", "launch.max_restarts=2")
+    code, out, err = ended(begin(tmp_path, *words, program=torchrun()))
     assert code == 0, err
+    assert out.count("launch.max_restarts=2 has no effect under torchrun, which starts the processes again itself") == 1
     assert out.count("completed: step 16") == 1
     assert json.loads((tmp_path / "r" / "summary.json").read_text())["world_size"] == 2
+
+
+def test_a_note_that_nobody_reads_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    invocation = parse_arguments(["+recipe=smoke", "device=cpu", "launch.max_restarts=2"])
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        plan = composed(invocation, Environment(Ranks(0, 2, 0, 2), "torchrun"), 0.0)
+    assert plan.config["launch"]["max_restarts"] == 2
 
 
 def test_wrong_input_under_torchrun_is_told_once(tmp_path: Path, ended: Any) -> None:
@@ -153,15 +169,17 @@ def test_under_srun(tmp_path: Path, ended: Any) -> None:
     tasks = [
         begin(
             tmp_path,
-            *("+recipe=smoke", "device=cpu", "run_dir=r"),
+            *("+recipe=smoke", "device=cpu", "run_dir=r", "launch.max_restarts=2", "--json"),
             **{**step, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
         )
         for rank in range(2)
     ]
     told = [ended(task) for task in tasks]
     assert [code for code, _, _ in told] == [0, 0], told
-    assert "completed: step 16" in told[0][1]
-    assert told[1][1] == ""
+    assert json.loads(told[0][1])["steps"] == 16  # nothing else stands there
+    assert told[0][2].startswith("launch.max_restarts=2 has no effect under srun: the scheduler starts the job again")
+    assert "completed: step 16" in told[0][2]
+    assert told[1][1:] == ("", "")
 
 
 def test_a_port_in_use_under_a_launcher(tmp_path: Path, ended: Any) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from programs import ROOT
+from programs import ROOT, begin, living
 
-from guarantees.supervised import of_torch
+from guarantees.supervised import WORDS, Program, of_torch
 from runner.__main__ import main
 
 HOOKS = """
@@ -23,6 +24,10 @@ class Delete(Hook):
     def on_step_end(self, run):
         if run.progress.step == 2:
             shutil.rmtree(run.folder.path)
+
+class Fail(Hook):
+    def on_step_end(self, run):
+        raise ValueError("boom")
 
 class Back(Hook):
     def on_step_end(self, run):
@@ -112,6 +117,73 @@ def test_nobody_listens(ending, tmp_path):
     told = shell(tmp_path, f"set -o pipefail; RUN run_dir=run {ending}")
     assert told.returncode == 0, told.stderr
     completed(tmp_path / "run")
+
+
+def test_a_failure_that_nobody_hears_is_one(tmp_path):
+    told = shell(tmp_path, "set -o pipefail; RUN run_dir=run '+hooks.wicked={_target_: wicked.Fail}' 2>&1 | head -1")
+    assert (told.returncode, told.stdout.count("\n")) == (1, 1)
+    assert "boom" in json.loads((tmp_path / "run/summary.json").read_text())["error"]
+
+
+def test_wrong_input_where_nobody_listens(tmp_path):
+    assert shell(tmp_path, "RUN run_dir=run nonsense=1 2> /dev/full").returncode == 2
+
+
+def test_two_processes_where_little_is_as_usual(tmp_path):
+    """Letters beyond ASCII in a path under LANG=C, stdin closed, a reader that goes, and no more files than needed."""
+    surroundings = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "TERM": "dumb"}
+    words = "'run_dir=läufe/ein lauf' launch.nproc_per_node=2"
+    told = shell(tmp_path, f"set -o pipefail; ulimit -n 36; RUN {words} <&- | head -1", **surroundings)
+    assert (told.returncode, told.stdout.count("\n")) == (0, 1), told.stderr
+    assert completed(tmp_path / "läufe/ein lauf")["world_size"] == 2
+
+
+def test_more_processes_than_the_system_allows_files_for(tmp_path):
+    (tmp_path / "tmp").mkdir()
+    words = "run_dir=run launch.nproc_per_node=32 batch.global_size=32"
+    told = shell(tmp_path, f"ulimit -n 64; RUN {words}", TMPDIR=str(tmp_path / "tmp"))
+    assert (told.returncode, told.stdout) == (1, "")
+    assert told.stderr == (
+        "runner: 32 processes cannot be started: the first keeps about 96 files and connections open, and the system "
+        "allows 64: allow more, for example `ulimit -n 4096`\n"
+    )
+    assert not (tmp_path / "run").exists()
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize(("number", "nproc"), [(signal.SIGHUP, 1), (signal.SIGTERM, 2)])
+def test_the_reader_goes_with_the_signal(number, nproc, tmp_path):
+    """As a terminal that is closed, or the `tee` behind a pipe at Ctrl-C: there is a checkpoint all the same."""
+    words = (*WORDS, f"launch.nproc_per_node={nproc}", "train.steps=400", "hooks.slow={_target_: trouble.Slow}")
+    program = Program(tmp_path, words)
+    try:
+        program.wait_for(lambda: program.records() > 2)
+        for stream in (program.process.stdout, program.process.stderr):
+            stream.close()
+        program.process.stdout = program.process.stderr = None
+        program.send(number, "parent")
+        seen = program.end(60)
+    finally:
+        program.kill()
+    assert seen.code == 75
+    assert [path.name for path in (seen.run / "checkpoints").glob("step_*")] == [f"step_{seen.steps[-1]:08d}"]
+    assert seen.json("summary.json")["status"] == "interrupted"
+
+
+def test_eight_at_once_without_a_folder_of_their_own(tmp_path):
+    words = (*SMALL.split(), "data.eval=null")
+    started = [begin(tmp_path, *words, OMP_NUM_THREADS="1") for _ in range(8)]
+    try:
+        told = [process.communicate(timeout=300) for process in started]
+    finally:
+        for process in started:
+            for pid in living(process.pid):
+                os.kill(pid, signal.SIGKILL)
+    assert [process.returncode for process in started] == [0] * 8, told
+    folders = [path for path in (tmp_path / "runs").iterdir() if not path.is_symlink()]
+    assert len(folders) == 8
+    assert [completed(folder)["steps"] for folder in folders] == [4] * 8
+    assert (tmp_path / "runs/latest").resolve() in folders
 
 
 def test_the_clock_jumps_back(tmp_path):

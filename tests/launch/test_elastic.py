@@ -147,3 +147,16 @@ def test_a_signal_to_one_node_ends_both_in_order(node: Node, tmp_path: Path) -> 
     _, also = second.communicate(timeout=30)
     assert (first.returncode, second.returncode) == (75, 75), err + also
     assert json.loads((tmp_path / "r" / "summary.json").read_text())["status"] == "interrupted"
+
+
+def test_a_signal_before_the_first_step_where_the_terminal_has_gone(tmp_path: Path) -> None:
+    """What is said then finds no reader; the exit code and what is left behind stay the same."""
+    (tmp_path / "report").mkdir()
+    program = "from pathlib import Path; from runner.launch.elastic import _forward; _forward(Path('report'), 15, None)"
+    reader, writer = os.pipe()
+    os.close(reader)
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=variables, stderr=writer, timeout=30)
+    os.close(writer)
+    assert done.returncode == 75
+    assert not (tmp_path / "report").exists()

@@ -19,7 +19,7 @@ from runner.launch import processes
 from runner.launch.devices import cuda_count
 from runner.launch.elastic import interface_of, own_address
 from runner.launch.environment import Environment, first_host, tasks_per_node
-from runner.launch.failure import failures, is_secondary, record
+from runner.launch.failure import failures, is_secondary, record, worded
 from runner.launch.worker import WorkPlan, entry
 
 
@@ -210,6 +210,22 @@ def test_a_launcher_that_says_something_else(monkeypatch: pytest.MonkeyPatch) ->
     assert processes.check(config(nproc_per_node=2), two) == []
 
 
+@pytest.mark.parametrize(
+    ("launcher", "world", "restarts", "said"),
+    [
+        ("torchrun", 2, 3, "under torchrun, which starts the processes again itself: torchrun --max-restarts=3"),
+        ("srun", 2, 3, "under srun: the scheduler starts the job again (sbatch --requeue)"),
+        ("torchrun", 2, 0, None),
+        ("torchrun", 1, 3, None),  # one process gets a parent of its own
+        (None, 1, 3, None),
+    ],
+)
+def test_restarts_that_have_no_effect(launcher: str | None, world: int, restarts: int, said: str | None) -> None:
+    ranks = None if launcher is None else Ranks(0, world, 0, world)
+    expected = [] if said is None else [f"launch.max_restarts=3 has no effect {said}"]
+    assert processes.notes(config(max_restarts=restarts), Environment(ranks, launcher)) == expected
+
+
 def test_gpus_are_counted_without_torch() -> None:
     program = "import sys; from runner.launch.devices import cuda_count; print(cuda_count(), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
@@ -330,6 +346,29 @@ GONE = RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by pe
 )
 def test_errors_that_follow_from_others(error: BaseException, secondary: bool) -> None:
     assert is_secondary(error) is secondary
+
+
+@pytest.mark.parametrize(
+    ("said", "how_sure"),
+    [
+        ("is killed by signal: Killed. ", "likely"),
+        ("exited unexpectedly", "perhaps"),
+        ("is killed by signal: Hangup. ", ""),
+    ],
+)
+def test_a_data_worker_that_has_gone(said: str, how_sure: str) -> None:
+    error = worded(RuntimeError(f"DataLoader worker (pid 7) {said}"), "data.train")
+    if not how_sure:
+        assert error == f"RuntimeError: DataLoader worker (pid 7) {said} (in data.train)"
+        return
+    advice = f"{how_sure} out of memory, try a smaller data.num_workers (in data.train)"
+    assert error == f"RuntimeError: DataLoader worker (pid 7) {said.rstrip('. ')}: {advice}"
+
+
+def test_a_data_worker_whose_end_is_the_cause() -> None:
+    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    error = because(RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), killed)
+    assert worded(error).endswith(" exited unexpectedly: likely out of memory, try a smaller data.num_workers")
 
 
 def test_own_address() -> None:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from parents import Parent, alive, told
+from parents import HERE, ROOT, Parent, alive, told
+
+from runner.errors import RunnerError
+from runner.launch import local, report
+from runner.launch.report import Report
+from runner.launch.worker import WorkPlan
 
 Start = Callable[..., Parent]
 HOST = socket.gethostname()
@@ -200,12 +209,6 @@ def test_ten_at_once(start: Start) -> None:
 
 
 def test_a_parent_that_cannot_start_a_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import subprocess
-
-    from runner.errors import RunnerError
-    from runner.launch import local
-    from runner.launch.worker import WorkPlan
-
     real = subprocess.Popen
     started: list[subprocess.Popen[bytes]] = []
 
@@ -222,3 +225,85 @@ def test_a_parent_that_cannot_start_a_process(monkeypatch: pytest.MonkeyPatch, t
     assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
     assert signal.getsignal(signal.SIGINT) is handlers
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+
+
+#: A parent whose system takes files away once so many are open; it says how many it has left open.
+LIMITED = """
+import os, resource, sys
+from pathlib import Path
+from runner.errors import RunnerError
+from runner.launch import local
+from runner.launch.worker import WorkPlan
+
+local._FILES = -1000  # else it would not even try
+before = os.listdir("/proc/self/fd")
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[1])))
+try:
+    local.supervise("works:work", WorkPlan({"do": "wait"}, {}, [], os.getcwd(), 0.0), 8)
+except RunnerError as error:
+    print(error)
+print(os.listdir("/proc/self/fd") == before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux")
+def test_a_parent_that_may_open_no_more_files(tmp_path: Path) -> None:
+    """Wherever in the start it happens: one sentence, and nothing stays open, or behind."""
+    (tmp_path / "tmp").mkdir()
+    variables = {**os.environ, "PYTHONPATH": f"{HERE}:{ROOT}", "TMPDIR": str(tmp_path / "tmp")}
+    told = set()
+    for limit in range(5, 14):
+        done = subprocess.run(
+            [sys.executable, "-c", LIMITED, str(limit)],
+            cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=30,
+        )  # fmt: skip
+        said, nothing_left = done.stdout.splitlines()
+        told.add(said)
+        assert (nothing_left, done.stderr) == ("True", "")
+        assert list((tmp_path / "tmp").iterdir()) == []
+    assert any(said.startswith("process 3 of 8 cannot be started: ") for said in told), told
+    assert all("`ulimit -n 4096`" in said for said in told if "Too many open files" in said)
+    assert not [pid for path in tmp_path.glob("pid_*") if alive(pid := int(path.read_text()))]
+
+
+def test_too_few_files_are_told_before_anything_is_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(local, "files_allowed", lambda: 64.0)
+    monkeypatch.setattr(subprocess, "Popen", lambda *words, **more: pytest.fail("started"))
+    with pytest.raises(RunnerError, match=r"^17 processes cannot be started: .* 66 files .* allows 64: .*ulimit -n"):
+        local.supervise("works:work", WorkPlan({}, {}, [], str(tmp_path), 0.0), 17)
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs files in memory")
+def test_files_in_memory_are_closed_where_not_all_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    create = os.memfd_create
+
+    def limited(name: str) -> int:
+        if len(made) == 5:
+            raise OSError(errno.EMFILE, "Too many open files")
+        made.append(create(name))
+        return made[-1]
+
+    monkeypatch.setattr(os, "memfd_create", limited)
+    assert Report.in_memory(2) is None
+    assert len(made) == 5
+    for descriptor in made:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
+
+
+def test_files_in_memory_leave_some_for_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "files_allowed", lambda: 64.0)
+    assert Report.in_memory(16) is None
+    small = Report.in_memory(4)
+    assert small is None or small.close() is None
+
+
+def test_no_place_for_a_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*words: object, **more: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", full)
+    monkeypatch.setattr(Report, "in_memory", lambda nproc: None)
+    with pytest.raises(RunnerError, match=r"no folder can be made .*No space left on device"):
+        local.supervise("works:work", WorkPlan({}, {}, [], str(tmp_path), 0.0), 2)
