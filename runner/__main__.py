@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runner import __version__
+from runner.console import say
 from runner.errors import InputError, RunnerError
 from runner.launch.environment import Environment
 from runner.launch.worker import leave_on_signals
@@ -39,13 +40,12 @@ def _run(arguments: Sequence[str] | None, started: float) -> int:
         show(error, {}, Path.cwd(), full)
         return error.exit_code
     except RunnerError as error:
-        print(f"runner: {error}", file=sys.stderr)
+        say(f"runner: {error}\n", sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         from runner.signals import NOTHING_TO_SAVE
 
-        said = f"interrupted before anything was trained: {NOTHING_TO_SAVE}"
-        print(f"\n{said}", file=sys.stderr)
+        say(f"\ninterrupted before anything was trained: {NOTHING_TO_SAVE}\n", sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output has gone; what is left must not go to a closed pipe at exit.

@@ -309,7 +309,7 @@ def _ended(run: Run, plan: WorkPlan) -> int:
             "  %d steps changed no weight (%d of them by the loss scale)", run.progress.skipped, run.progress.overflows
         )
     if plan.json:
-        print(json.dumps(finite(summary), indent=2), flush=True)
+        console.say(json.dumps(finite(summary), indent=2) + "\n", sys.stdout)
     if stopped is None:
         log.info("  %s", _short(run.folder.path / "summary.json", plan))
         return DONE
@@ -387,7 +387,7 @@ def _failed(error: BaseException, run: Run | None, folder: RunFolder, plan: Work
     if ranks.world_size > 1 and is_secondary(error):
         return FAILED
     if plan.full_error or not isinstance(error, RunnerError):
-        print(text, file=sys.stderr, end="", flush=True)
+        console.say(text, sys.stderr)
     _say_how_to_go_on(plan, folder)
     log.error("%s: %s", told if ranks.world_size == 1 else f"{told} (rank {ranks.rank})", what)
     return FAILED

@@ -112,6 +112,9 @@ class Checkpointer:
         with _all_or_none():
             if distributed.rank() == 0:
                 if not reads_only:
+                    # Only now: where the folder of a run vanishes later, that is an error and no reason for another.
+                    with suppress(OSError):
+                        folder.parent.mkdir(parents=True, exist_ok=True)
                     store.sweep(folder)
                 if self._best is not None:
                     self._metrics = {path: self._there[path] for path in self._complete()}
@@ -251,9 +254,8 @@ class Checkpointer:
         from runner.checkpoint.storage import write_checkpoint
 
         if peers.rank == 0 and not self._begun:
-            # Only once: a folder that vanishes later is an error and no reason to begin another.
             with suppress(OSError):
-                self._folder.mkdir(parents=True, exist_ok=True)
+                self._folder.mkdir(exist_ok=True)
         self._begun = True
         write_checkpoint(self._folder, part, draft, documents, peers)
         if peers.rank == 0:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.cli.train import WORK, command_of, plan_of, problems_of, raise_problems
+from runner.console import say
 from runner.errors import InputError, Problem
 from runner.folder import RunFolder, finite
 from runner.launch import processes
@@ -67,21 +68,22 @@ def sweep(invocation: Invocation, environment: Environment, started: float) -> i
         found.append(Job(words, varied, composition, folder.path / name))
     where = _short(folder.path, directory)
     for note in dict.fromkeys(note for composition in compositions for note in composition.notes):
-        print(note, flush=True)
-    print(f"sweep of {len(found)} {'job' if len(found) == 1 else 'jobs'}: {where}", flush=True)
+        say(f"{note}\n", sys.stdout)
+    say(f"sweep of {len(found)} {'job' if len(found) == 1 else 'jobs'}: {where}\n", sys.stdout)
     command = _redacted(_words(invocation), compositions)
     stopped = _run_all(found, invocation, environment, directory, started)
     rows = [_row(job) for job in found]
     content = {"command": command, "jobs": rows}
     _write(folder, content)
     if stopped is not None:
-        print(f"to go on: {shlex.join(['python', '-m', 'runner', *_with_folder(command, where)])}", flush=True)
-    print(json.dumps(finite(content), indent=2, ensure_ascii=False) if invocation.json else _table(rows), flush=True)
+        say(f"to go on: {shlex.join(['python', '-m', 'runner', *_with_folder(command, where)])}\n", sys.stdout)
+    table = json.dumps(finite(content), indent=2, ensure_ascii=False) if invocation.json else _table(rows)
+    say(f"{table}\n", sys.stdout)
     if stopped is not None:
         return stopped
     failed = [row for row in rows if row["exit_code"] != 0]
     if failed:
-        print(f"{len(failed)} of {len(rows)} jobs failed: {', '.join(row['job'] for row in failed)}", file=sys.stderr)
+        say(f"{len(failed)} of {len(rows)} jobs failed: {', '.join(row['job'] for row in failed)}\n", sys.stderr)
     return 1 if failed else 0
 
 
@@ -142,7 +144,7 @@ def _run_all(
 ) -> int | None:
     """Runs the jobs; the exit code of a job that was interrupted ends the sweep and is returned."""
     for number, job in enumerate(found, 1):
-        print(f"\njob {number}/{len(found)}  {' '.join(job.varied)}", flush=True)
+        say(f"\njob {number}/{len(found)}  {' '.join(job.varied)}\n", sys.stdout)
         where = _short(job.folder, directory)
         repeated = Invocation(overrides=_with_folder(job.overrides, where), config_dirs=invocation.config_dirs)
         plan = plan_of(job.composition, command_of(repeated), directory, environment, started)

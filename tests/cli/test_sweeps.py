@@ -48,6 +48,17 @@ def sweep_json(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "sweep.json").read_text())
 
 
+def test_a_sweep_whose_reader_goes_away_goes_on(tmp_path: Path) -> None:
+    """`runner -m … | head -1`: the files have everything."""
+    words = [sys.executable, "-m", "runner", "-m", "+recipe=smoke", "run_dir=sw", "seed=1,2", "train.steps=2"]
+    process = subprocess.Popen([*words, "device=cpu"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("sweep of 2 jobs")
+    process.stdout.close()
+    assert process.wait(120) == 0
+    assert [row["exit_code"] for row in sweep_json(tmp_path / "sw")["jobs"]] == [0, 0]
+
+
 def test_the_command_of_a_job_that_failed_goes_on_with_that_job(
     cli: Cli, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
