@@ -94,13 +94,14 @@ def one_for_all(parts: Parts) -> None:
     """Raises InputError in the first process, and Elsewhere in the others, where processes differ that may not.
 
     Each computer reads its own files and has its own packages: a copy of the data that is older on one of them would
-    give samples twice and lose others, and nothing would fail.
+    give samples twice and lose others, and nothing would fail. Samples of other contents are only warned of: a path
+    or the name of the computer in them is no harm.
     """
     if distributed.world_size() == 1:
         return
     seen = {
         "steps": parts.plan.steps,
-        "versions": {"Python": platform.python_version(), "torch": torch.__version__},
+        "versions": {"Python": ".".join(platform.python_version_tuple()[:2]), "torch": torch.__version__},
         "data": _fingerprints(parts),
     }
     first, *others = distributed.gather(seen)
@@ -109,6 +110,11 @@ def one_for_all(parts: Parts) -> None:
         raise Elsewhere("another process differs from the first")
     if problems:
         raise InputError(*problems)
+    if distributed.rank() == 0:
+        for rank, other in enumerate(others, 1):
+            for name, one in first["data"].items():
+                if unlike := difference(one, other["data"][name], rank):
+                    log.warning("data.%s %s", name, unlike)
 
 
 def _unlike(first: Mapping[str, Any], rank: int, other: Mapping[str, Any]) -> list[Problem]:
@@ -118,7 +124,7 @@ def _unlike(first: Mapping[str, Any], rank: int, other: Mapping[str, Any]) -> li
             why = f"rank {rank} has {name} {other['versions'][name]}, and rank 0 has {version}"
             found.append(Problem(None, why, "install the same on every computer"))
     for name, one in first["data"].items():
-        if unlike := difference(one, other["data"][name], rank):
+        if unlike := difference({**one, "items": None}, other["data"][name], rank):
             found.append(Problem(f"data.{name}", unlike, "give every process the same data, in the same order"))
     if not found and other["steps"] != first["steps"]:
         why = f"{other['steps']} steps on rank {rank}, and {first['steps']} on rank 0"

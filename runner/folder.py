@@ -31,11 +31,13 @@ class RunFolder:
     """The directory of one run.
 
     Args:
-        path: the directory; made by `create`.
+        path: the directory, which is there.
+        made: whether it was made for this run, and is the run's with all that is in it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, made: bool = False) -> None:
         self.path = path
+        self._made = made
         self._state: dict[str, Any] = {}
         self._written = 0.0
         #: Whether status.json could not be written the last time.
@@ -51,7 +53,7 @@ class RunFolder:
             try:
                 parent.mkdir(parents=True, exist_ok=True)
                 path.mkdir()
-                return cls(path)
+                return cls(path, made=True)
             except FileExistsError:
                 continue
             except OSError as error:
@@ -63,6 +65,7 @@ class RunFolder:
     @classmethod
     def named(cls, path: Path) -> RunFolder:
         """The folder that the user named, made if it is not there. Raises InputError where that cannot be."""
+        there = path.is_dir()
         try:
             path.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
@@ -73,7 +76,7 @@ class RunFolder:
             raise wrong("run_dir", f"cannot be made: {error.strerror or error}", _WRITABLE, value=str(path)) from None
         if not os.access(path, os.W_OK):
             raise wrong("run_dir", "is not writable", _WRITABLE, value=str(path))
-        return cls(path)
+        return cls(path, made=not there)
 
     def lock(self) -> None:
         """Makes this process the only one that trains here, until it ends. Raises InputError where another does."""
@@ -161,8 +164,23 @@ class RunFolder:
             self._lock.close()
 
     def discard(self) -> None:
-        """Removes a folder in which nothing has happened."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Removes a folder in which nothing has happened; of one that was there, what this run has put into it.
+
+        A user's hidden files may be in it: only such a folder counts as empty.
+        """
+        if self._made:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self._remove_link()
+            return
+        for child in list(self.path.iterdir()) if self.path.is_dir() else ():
+            if child.name == ".lock" or not child.name.startswith("."):
+                if child.is_dir() and not child.is_symlink():
+                    shutil.rmtree(child, ignore_errors=True)
+                else:
+                    with suppress(OSError):
+                        child.unlink()
+
+    def _remove_link(self) -> None:
         link = self.path.parent / "latest"
         if link.is_symlink() and not link.exists():
             link.unlink()

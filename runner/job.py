@@ -204,7 +204,7 @@ def _in_folder(plan: WorkPlan, parts: Parts, place: Place, ranks: Ranks, signals
             run.trackers.close()
             _drop(run)
             end_workers()
-        if ranks.main and folder.path.is_dir():
+        if ranks.main and (folder.path / "status.json").exists():  # it was not discarded
             _write_environment(folder, environment, parts)
         console.close(handlers)
 

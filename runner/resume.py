@@ -103,6 +103,10 @@ def _place_in(folder: RunFolder, plan: WorkPlan, parts: Parts, again: str | None
     if not _names_none(asked) and (last is None or _asked_for(last) != asked):
         source = _named(plan, parts)
         if last is None or source.path is None or source.path.resolve() != last.resolve():
+            elsewhere = source.path is not None and source.path.resolve().parent != (path / "checkpoints").resolve()
+            if elsewhere and (finished := _nothing_left(source, parts.plan)):
+                folder.unlock()
+                return finished
             return source.place(folder)
         if not repeated and _finished(folder, parts.plan, plan, before):
             return Place(folder, None, False, True)

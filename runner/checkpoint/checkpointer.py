@@ -59,12 +59,12 @@ class Best(NamedTuple):
 class Checkpointer:
     """Saves and loads named objects, in folders `step_00000100` of one folder.
 
-    `state` maps names to objects; they are loaded in this order (random states go last). A name that matches one of
-    the patterns `optional` (`hooks.*`) may be missing in a checkpoint or among the objects. The newest `keep`
-    checkpoints stay, and so does the best one by `best`, those of `protected`, and those whose step is a multiple of
-    `milestones`. Only one job may have a Checkpointer for a folder: making one removes what killed processes left
-    there. With `reads_only` the folder may be anybody's, and nothing in it changes. All processes of the job make, save
-    and load together: each writes and reads its own part of the tensors, the first one all else.
+    `state` maps names to objects; they are loaded in this order (random states go last). A name that matches one of the
+    patterns `optional` (`hooks.*`) may be missing in a checkpoint or among the objects. The newest `keep` checkpoints
+    stay, and so does the best one by `best`, those of `protected`, and those whose step is a multiple of `milestones`.
+    Only one job may have a Checkpointer for a folder: making one removes what killed processes left there. With
+    `reads_only` the folder may be anybody's, and nothing in it is removed. All processes of the job make, save and load
+    together: each writes and reads its own part of the tensors, the first one all else.
 
     A save that the training does not wait for goes on in a thread. What became of it is told by `poll`, or by `finish`,
     which waits. `failed` says that it could not be saved, on this process; the processes tell each other of it and

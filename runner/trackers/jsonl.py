@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +22,7 @@ class Jsonl:
 
     def __init__(self, file: str = "metrics.jsonl") -> None:
         self._name = file
+        self._path = Path(file)
         self._file: BinaryIO | None = None
         #: What was not written yet, and whether the user knows.
         self._due, self._told = b"", False
@@ -30,10 +32,26 @@ class Jsonl:
         self._encode = json.JSONEncoder(allow_nan=False).encode
 
     def start(self, folder: Path, step: int, config: Mapping[str, Any]) -> None:
-        path = folder / self._name
-        self._step, self._there = step, _forget_after(path, step) if path.exists() else set()
-        self._due = b""
-        self._file = path.open("ab", buffering=0)
+        self._path = folder / self._name
+        self.rewind(step)
+
+    def rewind(self, step: int) -> None:
+        """Goes on after `step`: drops what was recorded later."""
+        if self._file is not None:
+            self._file.close()
+        written = self._path.read_bytes() if self._path.exists() else b""
+        data = written + self._due
+        kept, self._there = _until(data, step)
+        self._step, self._due = step, b""
+        if data.startswith(kept):  # a disk that is full has no room for a copy
+            self._due = kept[len(written) :]
+            if len(kept) < len(written):
+                os.truncate(self._path, len(kept))
+        else:
+            temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+            temporary.write_bytes(kept)
+            temporary.replace(self._path)
+        self._file = self._path.open("ab", buffering=0)
 
     def log(self, record: Mapping[str, Any]) -> None:
         if self._there and record["step"] == self._step and record.get("split") in self._there:
@@ -64,13 +82,13 @@ class Jsonl:
             self._file.close()
 
 
-def _forget_after(path: Path, step: int) -> set[Any]:
-    """Drops the records of steps after `step`, and what is no record: a last line that a crash cut off.
+def _until(data: bytes, step: int) -> tuple[bytes, set[Any]]:
+    """The records up to those of `step`, without what is no record: a last line that a crash cut off.
 
-    Returns the splits that have a record of `step` itself.
+    And the splits that have a record of `step` itself.
     """
     kept, there = [], set()
-    for line in path.read_bytes().splitlines():
+    for line in data.splitlines():
         try:
             record = json.loads(line)
         except ValueError:
@@ -79,7 +97,4 @@ def _forget_after(path: Path, step: int) -> set[Any]:
             kept.append(line + b"\n")
             if record["step"] == step:
                 there.add(record.get("split"))
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(b"".join(kept))
-    temporary.replace(path)
-    return there
+    return b"".join(kept), there

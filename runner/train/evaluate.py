@@ -47,6 +47,8 @@ def evaluate(run: Run, steps: int | None = None) -> dict[str, Any] | None:
                 meters.update(shown)
                 done += 1
         except Interrupted:
+            if steps is not None:
+                raise  # a look before the training: nothing is lost, and nobody asks
             # While data were waited for; the other processes hear of it where they look as well.
             run.ends_now()
             return None

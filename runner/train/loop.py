@@ -64,8 +64,6 @@ def _begin(run: Run) -> None:
     run.last_save = time.monotonic()
     run.engine.model.train()
     progress.start_clock()
-    if run.plan.steps > progress.stopped_plan:
-        progress.stop_reason = None  # it ended before a shorter plan, and is to go on now
     look_at_the_start(run)
     progress.passed_over |= passed_over(run)
     if run.fits:

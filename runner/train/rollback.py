@@ -62,6 +62,7 @@ def _forget(run: Run) -> None:
     """What the steps that are no more have left in the run: records, and what hooks asked for."""
     run.record = {}
     run.take_logged()
+    run.progress.stop_reason = None  # also one of the checkpoint: it was gone on from
     run.evaluation_asked = run.saving_asked = run.save_told = False
     run.last_save = time.monotonic()
 

@@ -151,8 +151,8 @@ class Run:
 
     @property
     def stop_reason(self) -> str | None:
-        """Why the training ends before its plan, or None."""
-        return self.progress.stop_reason
+        """Why the training ends before its plan, or None. What ended a shorter one does not end this one."""
+        return self.progress.stop_reason if self.progress.stopped_plan >= self.plan.steps else None
 
     @property
     def evaluated(self) -> bool:
@@ -199,8 +199,8 @@ class Run:
     # them at the same step. What only one process knows must not reach these three.
 
     def stop(self, why: str) -> None:
-        """Ends the training after this step, with an evaluation and a checkpoint."""
-        if self.progress.stop_reason is None:
+        """Ends the training after this step, with an evaluation and a checkpoint; before the first one, without any."""
+        if self.stop_reason is None:
             self.progress.stop_reason, self.progress.stopped_plan = why, self.plan.steps
 
     def evaluate_soon(self) -> None:

@@ -127,6 +127,38 @@ def test_a_finished_run_is_not_taken_for_another_one(
     assert summary(tmp_path / "r") == told
 
 
+def test_a_signal_before_the_first_step_is_no_wrong_input(cli: Cli, tmp_path: Path) -> None:
+    """While one step is evaluated beforehand, to see whether there is the metric that is waited for."""
+    (tmp_path / "called_off.py").write_text(
+        "import signal\n"
+        "from runner.data.synthetic import separable_classification\n"
+        "class Data:\n"
+        "    of = separable_classification(64, 16, 4, seed=1)\n"
+        "    def __len__(self): return 64\n"
+        "    def __getitem__(self, index):\n"
+        "        signal.raise_signal(signal.SIGTERM)\n"
+        "        return self.of[index]\n"
+    )
+    early = "hooks.early_stop={_target_: runner.hooks.early_stop.EarlyStop}"
+    assert cli("+recipe=smoke", "run_dir=r", "data.eval={_target_: called_off.Data}", early) == 75
+
+
+def test_wrong_input_leaves_a_folder_that_was_there_as_it_was(cli: Cli, tmp_path: Path) -> None:
+    """One with hidden files only counts as empty; what is in it is the user's."""
+    (tmp_path / "mine" / ".git").mkdir(parents=True)
+    (tmp_path / "mine" / ".git" / "HEAD").write_text("ref")
+    assert cli("+recipe=smoke", "run_dir=mine", "optimizer.betas=[2.0,0.9]") == 2
+    model = "{_target_: torch.nn.Linear, in_features: 15, out_features: 4}"
+    assert cli("+recipe=smoke", "run_dir=mine", f"model={model}", "device=cpu") in (1, 2)
+    early = "hooks.early_stop={_target_: runner.hooks.early_stop.EarlyStop, metric: nothing}"
+    assert cli("+recipe=smoke", "run_dir=other", early) == 2
+    assert not (tmp_path / "other").exists()
+    (tmp_path / "third" / ".git").mkdir(parents=True)
+    assert cli("+recipe=smoke", "run_dir=third", early) == 2
+    assert [path.name for path in (tmp_path / "third").iterdir()] == [".git"]
+    assert (tmp_path / "mine" / ".git" / "HEAD").read_text() == "ref"
+
+
 def test_a_run_that_is_named_and_has_nothing_left_says_so(
     cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,6 +168,11 @@ def test_a_run_that_is_named_and_has_nothing_left_says_so(
         assert cli("+recipe=smoke", *words) == 0
         assert "a is already complete: 16 steps; a larger" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"a"}
+    # Nor is another run's folder emptied for it.
+    assert cli("+recipe=smoke", "run_dir=b", "train.steps=4") == 0
+    assert cli("+recipe=smoke", "run_dir=b", "resume=a") == 0
+    assert [path.name for path in (tmp_path / "b" / "checkpoints").iterdir()] == ["step_00000004"]
+    assert summary(tmp_path / "b")["steps"] == 4
 
 
 @pytest.mark.parametrize("more", [[], ["checkpoint=none"]])

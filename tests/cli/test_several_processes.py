@@ -100,7 +100,6 @@ def data(other):
 @pytest.mark.parametrize(
     ("other", "said"),
     [
-        ("contents", "data.train has other contents on rank 1 than on rank 0: 16 of 16"),
         ("length", "data.train has 64 samples on rank 0 and 56 samples on rank 1"),
         ("version", "rank 1 has torch 2.1.0, and rank 0 has 2."),
     ],
@@ -113,6 +112,15 @@ def test_processes_that_see_other_things(home: Path, other: str, said: str) -> N
     assert said in " ".join(told.err.split())
     assert told.err.count("fix:") == 1
     assert not told.folder.exists()
+
+
+def test_processes_whose_samples_differ_are_warned_of(home: Path) -> None:
+    """A path in a sample may differ; so this is no error."""
+    (home / "unlike.py").write_text(UNLIKE)
+    told = start(home, *SMOKE, "data.train={_target_: unlike.data, other: contents}", "train.steps=4")
+    assert told.code == 0, told.err
+    warning = "warning: data.train has other contents on rank 1 than on rank 0: 16 of 16 samples that were looked at"
+    assert told.out.count(warning) == 1
 
 
 def test_recomputing_compiling_and_one_reader_change_nothing(home: Path) -> None:
