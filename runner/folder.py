@@ -65,7 +65,7 @@ class RunFolder:
     @classmethod
     def named(cls, path: Path) -> RunFolder:
         """The folder that the user named, made if it is not there. Raises InputError where that cannot be."""
-        there = path.is_dir()
+        there = os.path.isdir(path)  # False also for what is no name
         try:
             path.mkdir(parents=True, exist_ok=True)
         except FileExistsError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,10 @@ def place_of(plan: WorkPlan, parts: Parts, ranks: Ranks) -> Place:
 
 
 def _is_empty(path: Path) -> bool:
-    return not path.is_dir() or all(child.name.startswith(".") for child in path.iterdir())
+    try:
+        return all(name.startswith(".") for name in os.listdir(path))
+    except OSError:
+        return True  # not there, or what RunFolder refuses
 
 
 def _place_in(folder: RunFolder, plan: WorkPlan, parts: Parts, again: str | None) -> Place:

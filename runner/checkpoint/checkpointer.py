@@ -93,6 +93,8 @@ class Checkpointer:
         if best is not None and best[1] not in ("min", "max"):
             raise wrong("checkpoint.best.mode", "is neither min nor max", "min or max", value=best[1])
         self._folder = folder
+        #: Where the folder of a run is there now and vanishes later, that is an error and no reason for another.
+        self._parents = not folder.parent.is_dir()
         self._state = dict(state)
         self._keep = keep
         self._best = None if best is None else Best(*best)
@@ -112,9 +114,6 @@ class Checkpointer:
         with _all_or_none():
             if distributed.rank() == 0:
                 if not reads_only:
-                    # Only now: where the folder of a run vanishes later, that is an error and no reason for another.
-                    with suppress(OSError):
-                        folder.parent.mkdir(parents=True, exist_ok=True)
                     store.sweep(folder)
                 if self._best is not None:
                     self._metrics = {path: self._there[path] for path in self._complete()}
@@ -255,7 +254,7 @@ class Checkpointer:
 
         if peers.rank == 0 and not self._begun:
             with suppress(OSError):
-                self._folder.mkdir(exist_ok=True)
+                self._folder.mkdir(parents=self._parents, exist_ok=True)
         self._begun = True
         write_checkpoint(self._folder, part, draft, documents, peers)
         if peers.rank == 0:
