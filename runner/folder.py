@@ -168,19 +168,16 @@ class RunFolder:
 
         A user's hidden files may be in it: only such a folder counts as empty.
         """
-        if self._made:
-            shutil.rmtree(self.path, ignore_errors=True)
-            self._remove_link()
-            return
-        for child in list(self.path.iterdir()) if self.path.is_dir() else ():
-            if child.name == ".lock" or not child.name.startswith("."):
-                if child.is_dir() and not child.is_symlink():
-                    shutil.rmtree(child, ignore_errors=True)
-                else:
-                    with suppress(OSError):
-                        child.unlink()
-
-    def _remove_link(self) -> None:
+        ours = [self.path]
+        if not self._made:
+            there = self.path.iterdir() if self.path.is_dir() else ()
+            ours = [child for child in there if child.name == ".lock" or not child.name.startswith(".")]
+        for path in ours:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    path.unlink()
         link = self.path.parent / "latest"
         if link.is_symlink() and not link.exists():
             link.unlink()

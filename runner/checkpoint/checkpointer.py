@@ -253,6 +253,7 @@ class Checkpointer:
         from runner.checkpoint.storage import write_checkpoint
 
         if peers.rank == 0 and not self._begun:
+            # Only once: what vanishes later is an error as well.
             with suppress(OSError):
                 self._folder.mkdir(parents=self._parents, exist_ok=True)
         self._begun = True

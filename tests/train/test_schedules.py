@@ -271,17 +271,6 @@ class Phases(lr_scheduler.LRScheduler):
         return [base / self.phase for base in self.base_lrs]
 
 
-@pytest.mark.filterwarnings("ignore:Detected call of")
-def test_a_schedulers_own_counters_are_kept() -> None:
-    first = Schedule(Phases(optimizer()))
-    for _ in range(5):
-        first.step()
-    second = Schedule(Phases(optimizer()))
-    second.load_state_dict(first.state_dict())
-    second.step()
-    assert second._scheduler.get_last_lr() == [1 / 7]
-
-
 class Remembers(Phases):
     """Keeps its rates in a list that it goes on with."""
 
@@ -295,11 +284,12 @@ class Remembers(Phases):
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of")
-def test_a_list_of_a_schedulers_own_is_kept() -> None:
-    first = Schedule(Remembers(optimizer()))
+@pytest.mark.parametrize("kind", [Phases, Remembers])
+def test_a_schedulers_own_counters_and_lists_are_kept(kind: type[Phases]) -> None:
+    first = Schedule(kind(optimizer()))
     for _ in range(5):
         first.step()
-    second = Schedule(Remembers(optimizer()))
+    second = Schedule(kind(optimizer()))
     second.load_state_dict(first.state_dict())
     second.step()
     assert second._scheduler.get_last_lr() == [1 / 7]
