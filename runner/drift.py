@@ -45,7 +45,10 @@ _NOT_TOLD = (
     *("device", "backend.name", "launch.nproc_per_node", "launch.nnodes", "launch.node_rank", "launch.threads"),
     *("precision", "resume", "resume_allow", "run_dir", "init_from"),
 )
+#: Warned of, and more than another rounding.
+_ANOTHER_STEP = ("grad_clip", "nan")
 _DIGITS = "results may differ in the last digits"
+_FROM_HERE = "the steps from here on are made otherwise"
 _MOST = 60
 #: Text that is taken for nothing else without quotes.
 _WORD = re.compile(r"(?!(?:true|false|null)$)[A-Za-z_][\w./-]*")
@@ -179,7 +182,8 @@ def compare(plan: WorkPlan, parts: Parts, checkpoint: Path) -> Drift:
         elif _within(key, _FREE):
             drift.free.append(f"{key} {_shown(old)} -> {_shown(new)}")
         else:
-            drift.warnings.append(f"{key} was {_shown(old)} and is {_shown(new)}: {_DIGITS}")
+            effect = _FROM_HERE if _within(key, _ANOTHER_STEP) else _DIGITS
+            drift.warnings.append(f"{key} was {_shown(old)} and is {_shown(new)}: {effect}")
     _compare_settings(then, now, drift)
     _compare_precision(changed, drift)
     _compare_code(then, now, Path(plan.directory), drift)

@@ -42,6 +42,8 @@ class RunFolder:
         self._written = 0.0
         #: Whether status.json could not be written the last time.
         self._silent = False
+        #: Lines by the file that could not take them yet.
+        self._due: dict[str, bytes] = {}
         self._lock: TextIO | None = None
 
     @classmethod
@@ -200,15 +202,30 @@ class RunFolder:
             raise
 
     def append_line(self, name: str, line: str) -> None:
-        """Adds a line to a text file, in one piece and for good."""
-        descriptor = os.open(self.path / name, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        """Adds a line to a text file, in one piece and for good.
+
+        Where the disk does not take it, that is a warning; it is kept, and tried again whenever status.json is written.
+        """
+        self._due[name] = self._due.get(name, b"") + line.encode() + b"\n"
         try:
-            size = os.fstat(descriptor).st_size
-            cut_off = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"  # by a crash
-            os.write(descriptor, b"\n" * cut_off + line.encode() + b"\n")
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            self._append()
+        except OSError as error:
+            log.warning("%s cannot be written, and is tried again: %s", self.path / name, error.strerror)
+
+    def _append(self) -> None:
+        for name, lines in list(self._due.items()):
+            descriptor = os.open(self.path / name, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                size = os.fstat(descriptor).st_size
+                cut_off = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"  # by a crash
+                whole = b"\n" * cut_off + lines
+                if os.write(descriptor, whole) < len(whole):
+                    os.ftruncate(descriptor, size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                del self._due[name]
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def read_json(self, name: str) -> Any:
         """The content of a JSON file, None where there is none or it is damaged."""
@@ -232,6 +249,8 @@ class RunFolder:
         try:
             self._write_status()
             self._silent = False
+            with suppress(OSError):
+                self._append()
         except OSError as error:
             # What the run is for are its checkpoints, which say themselves what they lack.
             if not self._silent:

@@ -11,7 +11,8 @@ import shlex
 import sys
 import time
 import traceback
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from signal import Signals as Signal
 from typing import TYPE_CHECKING, Any
@@ -212,10 +213,20 @@ def _in_folder(plan: WorkPlan, parts: Parts, place: Place, ranks: Ranks, signals
 # --- the folder -----------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _must_be_written(path: Path) -> Iterator[None]:
+    """For a file without which a run is not one: says in one sentence where the disk does not take it."""
+    try:
+        yield
+    except OSError as error:
+        raise RunnerError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
 def _write_inputs(plan: WorkPlan, folder: RunFolder) -> None:
     config = redact(plan.config, plan.written)
-    folder.write_text("config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120))
-    folder.write_text("overrides.txt", _command(plan, None) + "\n")
+    with _must_be_written(folder.path / "config.yaml"):
+        folder.write_text("config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120))
+        folder.write_text("overrides.txt", _command(plan, None) + "\n")
 
 
 def _write_environment(folder: RunFolder, environment: Any, parts: Parts) -> None:
@@ -296,7 +307,8 @@ def _ended(run: Run, plan: WorkPlan) -> int:
     for name in ("peak_memory_bytes", "peak_device_memory_bytes"):
         if name in summary:
             summary[name] = [one for of_rank in distributed.gather(summary[name]) for one in of_rank]
-    run.folder.write_json("summary.json", summary)
+    with _must_be_written(run.folder.path / "summary.json"):
+        run.folder.write_json("summary.json", summary)
     run.folder.state(status, step=run.progress.step, reason=reason)
     rate = f"{summary['samples_per_second']:.1f} samples/s"
     values = "  ".join(f"{k} {v:.4f}" for k, v in summary["metrics"].items() if k not in ("split", "step", "samples"))

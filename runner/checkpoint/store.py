@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -138,6 +139,7 @@ def exchange(one: Path, two: Path) -> bool:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
         return False
+    sys.audit("runner.exchange", one, two)  # as Python tells of os.rename
     here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return bool(rename(here, os.fsencode(one), here, os.fsencode(two), swap) == 0)
 

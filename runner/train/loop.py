@@ -144,7 +144,7 @@ def _finish(run: Run) -> None:
         evaluate_now(run)
     if run.saved_at != run.progress.step or run.saving_asked:
         save_now(run, last=True)
-    _tell_saved(run, saving.landed(run, wait=True))
+    _tell_saved(run, saving.landed(run, wait=True, last=True))  # where a signal came while it was being written
     run.heartbeat.beat(ENDING, run.progress.step)
 
 

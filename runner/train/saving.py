@@ -53,11 +53,11 @@ def save(run: Run, *, last: bool = False) -> list[Path]:
     return found
 
 
-def landed(run: Run, *, wait: bool = False) -> list[Path]:
+def landed(run: Run, *, wait: bool = False, last: bool = False) -> list[Path]:
     """The checkpoints written in the background that all processes know to be complete, each told once.
 
-    With `wait` the one in flight is waited for, by all processes together. Raises TrainingStopped where it failed and
-    that is not to be borne.
+    With `wait` the one in flight is waited for, by all processes together; `last` says that no other one follows it.
+    Raises TrainingStopped where it failed and that is not to be borne.
     """
     if not run.in_flight or run.checkpointer is None:
         return []
@@ -70,7 +70,7 @@ def landed(run: Run, *, wait: bool = False) -> list[Path]:
         run.written += run.checkpointer.poll() if alone and not wait else run.checkpointer.finish()
     except SaveFailed as error:
         run.in_flight = run.save_ended = False
-        _failed(run, error)
+        _failed(run, error, last)
     run.paused_seconds += time.perf_counter() - started
     found, run.written = run.written, []
     if found or wait:
@@ -104,7 +104,7 @@ def _metrics_of_this_step(run: Run) -> dict[str, float] | None:
     return {name: value for name, value in run.metrics.items() if name not in ("split", "step", "samples")}
 
 
-def _failed(run: Run, error: SaveFailed, last: bool = False) -> None:
+def _failed(run: Run, error: SaveFailed, last: bool) -> None:
     """Raises TrainingStopped, or says that the run goes on. Without its last checkpoint a run has not ended well."""
     good = last_good(run)
     if last or run.settings.on_error == "stop":

@@ -113,8 +113,10 @@ def _warned() -> Iterator[Case]:
     def one(name: str, like: str, changes: dict[str, Any] | None = None, **more: Any) -> Case:
         return Case(name, "warned", "", changes or {}, like, **more)
 
-    yield one("clipping", "grad_clip was null and is 0.1", {"grad_clip": 0.1})
-    yield one("nan", "nan was stop and is skip", {"nan": "skip"})
+    yield one(
+        "clipping", "grad_clip was null and is 0.1: the steps from here on are made otherwise", {"grad_clip": 0.1}
+    )
+    yield one("nan", "nan was stop and is skip: the steps from here on are made otherwise", {"nan": "skip"})
     yield one("kernels", "determinism was default and is kernels", {"determinism": "kernels"})
     yield one("checkpointing", "activation_checkpointing was none and is full", {"activation_checkpointing": "full"})
     yield one("precision", "precision was fp32 and is bf16", {"precision": "bf16"})

@@ -13,7 +13,7 @@ _TRACED = """
 import os, sys, threading
 from pathlib import Path
 folder = Path(sys.argv[1])
-violations, gone = [], []
+violations, gone, exchanged = [], [], []
 
 def inside(path):
     try:
@@ -42,6 +42,11 @@ def hear(name, arguments):
             gone.append(Path(arguments[0]).name)
             if ".trash-" in str(arguments[1]) and len(newer) < 3:
                 violations.append(f"{arguments[0]} goes while only {newer} are newer")
+    elif name == "runner.exchange":
+        exchanged.append(Path(arguments[1]).name)
+        staged, there = arguments
+        if not staged.name.startswith(".tmp-") or not (staged / "manifest.json").exists() or len(inside(there)) > 1:
+            violations.append(f"exchange {staged} and {there}")
     elif name in ("os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod", "os.chown", "os.utime", "os.link",
                   "os.symlink", "os.setxattr", "os.removexattr", "shutil.rmtree"):
         if any(inside(argument) for argument in arguments[:2] if isinstance(argument, (str, bytes, os.PathLike))):
@@ -80,6 +85,7 @@ except SaveFailed:
 assert not violations, violations
 print(*sorted(path.name for path in store.candidates(folder)))
 print(len(gone))
+print(*exchanged)
 """
 
 
@@ -93,10 +99,11 @@ def test_a_trace_of_all_writes(tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    names, gone = done.stdout.splitlines()
+    names, gone, exchanged = done.stdout.splitlines()
     best, milestones, resumed, newest = [3], [5, 10, 15], [12], [15, 16]
     assert names.split() == [f"step_{step:08d}" for step in sorted({*best, *milestones, *resumed, *newest})]
     assert int(gone) >= 9
+    assert exchanged.split() == ["step_00000012"] * 2
 
 
 def test_retention_of_ten_thousand_random_listings(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,18 +36,30 @@ from runner.train.hook import Hook
 
 
 class Disk(Hook):
-    def __init__(self, what, at, until=None):
-        self.what, self.at, self.until = what, at, until
+    def __init__(self, what, at, until=None, spoil=()):
+        self.what, self.at, self.until, self.spoil = what, at, until, spoil
+
+    def on_gradients_ready(self, run):
+        if run.progress.step + 1 in self.spoil:
+            next(run.engine.model.parameters()).grad.fill_(float("nan"))
 
     def on_step_end(self, run):
         if run.progress.step == self.at and self.what == "vanished":
             shutil.rmtree(run.folder.path)
         elif run.progress.step == self.at:
-            with suppress(OSError), Path("other").open("wb", buffering=0) as file:
-                while True:
-                    file.write(bytes(4096))
+            fill()
         if run.progress.step == self.until:
             Path("other").unlink()
+
+    def on_run_end(self, run):
+        if self.what == "full at the end":
+            fill()
+
+
+def fill():
+    with suppress(OSError), Path("other").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
 """
 
 
@@ -107,7 +120,7 @@ def test_a_small_disk(small_disk: Path, waits: bool, lies: bool, monkeypatch: py
     assert saver.latest() == folder / "step_00000003"
 
 
-def train(disk: Path, monkeypatch: pytest.MonkeyPatch, *words: str, what: str = "full", **about: int) -> int:
+def train(disk: Path, monkeypatch: pytest.MonkeyPatch, *words: str, what: str = "full", **about: Any) -> int:
     """A run of 16 steps with a checkpoint every 4 of them, to whose disk something happens."""
     (disk / "trouble_g05.py").write_text(TROUBLE)
     monkeypatch.chdir(disk)
@@ -141,6 +154,38 @@ def test_a_run_bears_a_disk_that_is_full_for_a_while(
     assert steps(run) == list(range(1, 17))
     assert json.loads((run / "status.json").read_text())["state"] == "completed"
     assert json.loads((run / "summary.json").read_text())["status"] == "completed"
+
+
+def test_steps_that_were_left_out_while_the_disk_was_full_are_in_the_journal(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("checkpoint.on_error=continue", "nan=skip")
+    assert train(small_disk, monkeypatch, *words, at=5, until=10, spoil=[6, 7, 12]) == 0
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err + said.out
+    assert said.out.count("not_finite.jsonl cannot be written, and is tried again: No space left on device") == 2
+    lines = [json.loads(line) for line in (small_disk / "r" / "not_finite.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [6, 7, 12]
+    assert all(line["samples"] for line in lines)
+
+
+def test_a_disk_that_is_full_at_the_end_costs_the_summary(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which the same command makes up for, once there is room: its start is told what lacks as well."""
+    words = ("checkpoint.on_error=continue",)
+    for name in ("summary.json", "config.yaml"):
+        assert train(small_disk, monkeypatch, *words, what="full at the end", at=99) == 1
+        said = capsys.readouterr()
+        assert "Traceback" not in said.err + said.out
+        last = said.err.strip().splitlines()[-1]
+        why = f"{small_disk}/r/{name} cannot be written: No space left on device"
+        assert last == f"error: smoke failed after step 16: {why}"
+        assert checkpoints(small_disk / "r") == ["step_00000012", "step_00000016"]
+    (small_disk / "other").unlink()
+    assert train(small_disk, monkeypatch, *words, at=99) == 0
+    assert steps(small_disk / "r") == list(range(1, 17))
+    assert json.loads((small_disk / "r" / "summary.json").read_text())["status"] == "completed"
 
 
 def test_a_full_disk_stops_a_run_which_then_goes_on(

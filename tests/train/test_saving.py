@@ -170,6 +170,31 @@ def test_without_its_last_checkpoint_a_run_has_failed(
     assert job(checkpoint__on_error="continue").code == 0
 
 
+@pytest.mark.parametrize("step", [4, 5])
+def test_a_signal_in_the_save_of_a_step_makes_it_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Of step 4 the save has begun in the background; step 5 is saved because of the signal."""
+    failing(monkeypatch, step)
+    run = background(tmp_path, on_error="continue")
+    assert run.checkpointer is not None
+    save = run.checkpointer.save
+
+    def interrupted(number: int, *rest: Any, **more: Any) -> Path | None:
+        path = save(number, *rest, **more)
+        if number == 4:
+            run.signal = 15
+        return path
+
+    monkeypatch.setattr(run.checkpointer, "save", interrupted)
+    if step == 5:
+        run.events["on_step_end"] += (Interrupt(5).on_step_end,)
+        monkeypatch.setattr(run.checkpointer, "save", save)
+    with pytest.raises(TrainingStopped, match=f"step_{step:08d} could not be saved"):
+        train(run)
+    assert run.progress.step == step
+
+
 def test_what_is_in_flight_when_a_hook_fails_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     event, told = threading.Event(), Told()
     slowly(monkeypatch, {2: event})
