@@ -114,9 +114,12 @@ class RunFolder:
             raise wrong("run_dir", why, _WRITABLE, value=str(self.path)) from None
 
     def check_free(self) -> None:
-        """Raises InputError where another process trains here: before anything else is done for a run."""
+        """Raises InputError where another process trains here: before anything else is done for a run.
+
+        And for a path at which nothing can be, such as one that is too long.
+        """
         until = time.monotonic() + _PATIENCE
-        while (self.path / ".lock").exists():
+        while self._is_locked():
             lock = self._taken("r+", fcntl.LOCK_SH)
             if lock is not None:
                 lock.close()
@@ -124,6 +127,13 @@ class RunFolder:
             if time.monotonic() > until:
                 raise self._locked()
             time.sleep(0.02)
+
+    def _is_locked(self) -> bool:
+        try:
+            return (self.path / ".lock").exists()
+        except OSError as error:
+            why = f"cannot be made: {error.strerror or error}"
+            raise wrong("run_dir", why, _WRITABLE, value=str(self.path)) from None
 
     def _taken(self, mode: str, kind: int) -> TextIO | None:
         """The lock, or None where somebody else has it.

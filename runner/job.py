@@ -80,7 +80,10 @@ def work(plan: WorkPlan, ranks: Ranks = ALONE, store: Store | None = None) -> in
                 return DONE
             finally:
                 place.folder.unlock()
-        except Interrupted as stop:
+        except (Exception, Interrupted) as error:
+            stop = signals.cause(error)
+            if not isinstance(stop, Interrupted):
+                raise
             log.info("%s before the first step: %s", stop, NOTHING_TO_SAVE)
             return stop.exit_code
         except SystemExit as error:
@@ -195,7 +198,7 @@ def _in_folder(plan: WorkPlan, parts: Parts, place: Place, ranks: Ranks, signals
             folder.discard()
         raise
     except (Exception, SystemExit, KeyboardInterrupt, Interrupted) as error:
-        return _failed(error, run, folder, plan, ranks)
+        return _failed(signals.cause(error), run, folder, plan, ranks)
     finally:
         signals.over, signals.run = True, None
         if watchdog is not None:

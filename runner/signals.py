@@ -75,6 +75,7 @@ class Signals:
     def __init__(self) -> None:
         self.received: int | None = None
         self._run: Any = None
+        self._began = False
         self._process = os.getpid()
         self._when = 0.0
         self._waits = 0
@@ -86,6 +87,7 @@ class Signals:
     @run.setter
     def run(self, run: Any) -> None:
         self._run = run
+        self._began = self._began or run is not None
         # Where code in between has swallowed the exception of a signal, the training still hears of it.
         if run is not None and self.received is not None:
             run.signal = self.received
@@ -107,6 +109,13 @@ class Signals:
             speak_up(f"{signal.Signals(number).name}: finishing this step and saving; once more to leave at once")
         if self._waits and not self.patient:
             raise Interrupted(number)
+
+    def cause(self, error: BaseException) -> BaseException:
+        """What has ended a start: an error, or the signal before it.
+
+        What a signal raises may come out as another error: an import makes a RuntimeError of it (`__set_name__`).
+        """
+        return error if self.received is None or self._began else Interrupted(self.received)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

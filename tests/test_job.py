@@ -80,6 +80,19 @@ def test_a_real_signal(job: Job, number: signal.Signals, code: int) -> None:
     assert result.eval == []
 
 
+@pytest.mark.parametrize("where", ["check", "assemble"])
+def test_a_signal_in_a_start_that_comes_out_as_another_error(
+    job: Job, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    class Late:
+        def __set_name__(self, owner: type, name: str) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    # As in the import of a library; Python 3.11 makes a RuntimeError of it.
+    monkeypatch.setattr(f"runner.job.{where}", lambda *arguments, **more: type("Owner", (), {"late": Late()}))
+    assert job().code == 75
+
+
 def test_a_signal_at_the_very_end_changes_nothing(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     leave, came = distributed.leave, []
 

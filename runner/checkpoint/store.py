@@ -14,8 +14,8 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Collection, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -81,8 +81,8 @@ def find(path: Path, key: str = "resume") -> Path:
     Raises InputError (with `key`) where there is none, or where the named one is damaged.
     """
     fix = "give the folder of a checkpoint (…/checkpoints/step_00000100) or of a run"
-    if not path.is_dir():
-        why = "is not a folder" if path.exists() else "does not exist"
+    if not os.path.isdir(path):  # False also for what is no name
+        why = "is not a folder" if os.path.exists(path) else "does not exist"
         raise wrong(key, f"{path} {why}", fix, value=str(path))
     if (path / manifest.NAME).exists() or _STEP.fullmatch(path.name):
         try:
@@ -117,20 +117,40 @@ def discard(staging: Path) -> None:
 
 
 def publish(staging: Path, path: Path) -> None:
-    """Makes a staging folder, whose files are all written and synced, the checkpoint `path`; replaces one of it."""
+    """Makes a staging folder, whose files are all written and synced, the checkpoint `path`; replaces one of it.
+
+    Raises OSError where that does not last; what was there before, or nothing, has the name again then.
+    """
     if not path.exists():
         staging.rename(path)
-        sync_folder(path.parent)
-    elif exchange(staging, path):
-        sync_folder(path.parent)
-        remove(staging)
+        with _or_back(lambda: path.rename(staging)):
+            sync_folder(path.parent)
+        return
+    replaced = staging
+    if exchange(staging, path):
+        with _or_back(lambda: exchange(staging, path)):
+            sync_folder(path.parent)
     else:
         # It comes back in `bring_back` if the process dies between the two renames.
         replaced = path.with_name(f"{_REPLACED}{path.name}")
         path.rename(replaced)
-        staging.rename(path)
-        sync_folder(path.parent)
+        with _or_back(lambda: replaced.rename(path)):
+            staging.rename(path)
+            with _or_back(lambda: path.rename(staging)):
+                sync_folder(path.parent)
+    with suppress(OSError):  # the new one counts; what cannot be renamed now is swept later
         remove(replaced)
+
+
+@contextmanager
+def _or_back(undo: Callable[[], object]) -> Iterator[None]:
+    """Undoes what was done before, as far as that is possible, where what follows fails."""
+    try:
+        yield
+    except OSError:
+        with suppress(OSError):
+            undo()
+        raise
 
 
 def exchange(one: Path, two: Path) -> bool:

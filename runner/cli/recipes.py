@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +50,7 @@ def _arguments(argv: Sequence[str]) -> tuple[list[str] | None, bool, list[Path]]
             as_json = True
         elif flag in ("--config-dir", "-cd"):
             folder = Path(value if equals else next(words, ""))
-            if not folder.is_dir():
+            if not os.path.isdir(folder):  # False also for what is no name
                 raise InputError(Problem(f"{flag} {folder}", "there is no such folder", "name one", mark=COMMAND_LINE))
             config_dirs.append(folder)
         elif word.startswith("-") or names:

@@ -64,7 +64,10 @@ def launch(plan: WorkPlan, environment: Environment) -> int:
     """Does the work of a plan in as many processes as it asks for."""
     if plan.run_dir is not None:
         # Found out here at once, and again by whoever then makes the folder its own.
-        RunFolder(Path(plan.directory, plan.run_dir)).check_free()
+        try:
+            RunFolder(Path(plan.directory, plan.run_dir)).check_free()
+        except InputError as error:
+            raise InputError(*(p.at(nearest(_places(plan), p.key)) for p in error.problems)) from error
     if processes.nodes(plan.config) > 1:
         from runner.launch import elastic
 
@@ -119,6 +122,10 @@ def plan_of(
         terminal=environment.terminal,
         full_error=environment.full_error,
     )
+
+
+def _places(plan: WorkPlan) -> dict[str, Mark]:
+    return {key: Mark(*mark) for key, mark in plan.marks.items()}
 
 
 # --- in every process of a run ----------------------------------------------------------------------------------------
@@ -177,7 +184,7 @@ def _refused(error: InputError, plan: WorkPlan, ranks: Ranks, store: Store | Non
     if plan.report is not None:
         record(plan, ranks, error, error.exit_code)
     elif store is None or _first_to_tell(store):
-        show(error, {key: Mark(*mark) for key, mark in plan.marks.items()}, Path(plan.directory), plan.full_error)
+        show(error, _places(plan), Path(plan.directory), plan.full_error)
     return error.exit_code
 
 

@@ -28,8 +28,9 @@ from runner.launch.watch import LOOK, View, Watch
 from runner.launch.worker import WorkPlan, command
 from runner.signals import INTERRUPTED, PREEMPTED, SIGNALS, TWICE, at_once, exit_code, heard
 
-#: Seconds for the others once a process has failed, and once one has ended after a signal: they are saving as well.
-_GRACE, _GRACE_SAVING = 3.0, 30.0
+#: Seconds for the others once a process has failed, and once one has ended after a signal: they are saving as well, or
+#: end at once where there is nothing to save yet. One that joins the group then hears of no signal, and waits on.
+_GRACE, _GRACE_SAVING, _GRACE_STARTING = 3.0, 30.0, 1.0
 _POLL = 0.02
 #: A step that fails so often is not tried again.
 _CRASHES = 3
@@ -115,21 +116,27 @@ class Heard:
 
     def __init__(self, forward: Callable[[int, int | None], None], kill: Callable[[], None]) -> None:
         self.forward, self.kill = forward, kill
-        self._of_child = 0.0
+        self._when = self._of_child = 0.0
 
     def __call__(self, number: int, frame: Any = None) -> None:
         if self.received is None:
-            self.received = number
+            self.received, self._when = number, time.monotonic()
             self.forward(number, None)
         elif time.monotonic() - self._of_child > TWICE:
-            self.left = at_once(number)
-            self.kill()
+            self._leave(number)
 
     def by_child(self, number: int, rank: int) -> None:
-        """A child has got a signal itself: the others hear of it."""
+        """A child has got a signal itself: the others hear of it. A second one it may not hear, in a collective."""
         if self.received is None:
-            self.received, self._of_child = number, time.monotonic()
+            self.received, self._when = number, time.monotonic()
+            self._of_child = self._when
             self.forward(number, rank)
+        elif time.monotonic() - self._when > TWICE:
+            self._leave(number)
+
+    def _leave(self, number: int) -> None:
+        self.left = at_once(number)
+        self.kill()
 
 
 @contextmanager
@@ -175,6 +182,7 @@ class Process:
         self.popen = popen
         self.ending: Ending | None = None
         self._ear = ear
+        self._sent = 0
         self._killed = False
 
     def poll(self, *, wait: bool = False) -> Ending | None:
@@ -191,17 +199,20 @@ class Process:
         return self.ending
 
     def heard(self) -> int | None:
-        """The first of the signals that the process has got since the last call."""
+        """The first of the signals that the process has got since the last call, and not from here."""
         try:
-            found = os.read(self._ear, 4096)
+            found = [number for number in os.read(self._ear, 4096) if number in SIGNALS]
         except OSError:
             return None
-        return next((number for number in found if number in SIGNALS), None)
+        ours = min(self._sent, len(found))
+        self._sent -= ours
+        return found[ours] if ours < len(found) else None
 
     def send(self, number: int) -> None:
         if self.poll() is None:
             with suppress(ProcessLookupError):
                 os.kill(self.popen.pid, number)
+                self._sent += 1
 
     def kill(self) -> None:
         """Kills the process and what it has started."""
@@ -281,7 +292,7 @@ class Node:
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if self._heard.received is not None:
-            popen.send_signal(self._heard.received)
+            self.processes[-1].send(self._heard.received)
 
     def _forward(self, number: int, rank: int | None) -> None:
         """Hands a signal on to the processes that have not got it themselves."""
@@ -309,7 +320,8 @@ class Node:
                 return
             if bad:
                 saving = all(ending.code in (PREEMPTED, INTERRUPTED) for ending in bad)
-                if time.time() > min(ending.time for ending in bad) + (_GRACE_SAVING if saving else _GRACE):
+                grace = (_GRACE_SAVING if self._trains() else _GRACE_STARTING) if saving else _GRACE
+                if time.time() > min(ending.time for ending in bad) + grace:
                     return
             elif time.monotonic() - looked >= LOOK:
                 looked = time.monotonic()
@@ -317,6 +329,10 @@ class Node:
                     self._hang = self._hangs()
                     return
             time.sleep(_POLL)
+
+    def _trains(self) -> bool:
+        """Whether any process has come to its training, and may have something to save."""
+        return any(self._last(rank).beats for rank in range(self.nproc))
 
     def _hangs(self) -> Failure:
         """Collects the stacks of all and finds out who lags behind."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -107,7 +108,7 @@ class _Composer:
         #: `+group@package=option`: package, group, choice.
         self.placed: list[tuple[str, str, Choice]] = []
         for given in config_dirs:
-            if not (directory / given).is_dir():
+            if not os.path.isdir(directory / given):  # False also for what is no name
                 problem = Problem(f"--config-dir {given}", "there is no such folder", "name one that exists")
                 self.problems.append(problem.at(COMMAND_LINE))
 

@@ -215,13 +215,22 @@ class _Plain:
         self.loader = loader
         self.document = document
         self.nodes = 0
+        #: Levels, those of merged sections as well, whose keys stand beside the merging one's.
+        self.depth = 0
 
     def value(self, node: Node, keys: Keys) -> Any:
+        self.depth += 1
+        try:
+            return self._value(node, keys)
+        finally:
+            self.depth -= 1
+
+    def _value(self, node: Node, keys: Keys) -> Any:
         self.nodes += 1
         if self.nodes > MAX_NODES:
             why = f"more than {MAX_NODES:,} values once its aliases are expanded"
             raise _Stop(why, "remove the aliases (*name)", node.start_mark)
-        if len(keys) > MAX_DEPTH:
+        if self.depth > MAX_DEPTH:
             why = f"nested more than {MAX_DEPTH} levels deep once its aliases are expanded"
             raise _Stop(why, "an alias must not contain itself", node.start_mark)
         if not isinstance(node, ScalarNode) and node.tag not in _COLLECTIONS:
@@ -277,6 +286,10 @@ class _Plain:
         """YAML 1.1 reads 012 as 10 and 12:30:00 as 45000: nobody means that."""
         text = node.value
         if not isinstance(node, ScalarNode) or not (":" in text or _OCTAL.fullmatch(text)):
+            return
+        if isinstance(value, int) and value.bit_length() > 2000:  # Python does not write out more than 4,300 digits
+            why = "YAML reads it as a number of more than 600 digits"
+            self._problem(keys[:-1], keys[-1], why, "put it in quotes", node, text)
             return
         plain = f"{value} for the number"
         if ":" not in text:

@@ -82,7 +82,9 @@ class _Resolver:
                 continue
             try:
                 parse(text)
-            except (OmegaConfBaseException, RecursionError) as error:
+            except RecursionError:
+                self._fail(keys, text, "interpolations in interpolations, too many levels deep", "make it flatter")
+            except OmegaConfBaseException as error:
                 self._fail(keys, text, f"not a valid interpolation: {_first_line(error)}", "close it: ${key}")
         # What waits is masked, so that nothing is resolved on the way to something else, twice and more often.
         self.config = OmegaConf.create(_masked(self.data, frozenset(self.waiting)))

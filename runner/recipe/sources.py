@@ -128,7 +128,7 @@ def search(directory: Path, config_dirs: Iterable[Path] = ()) -> list[Folder]:
     folders += [("built-in", BUILTIN / "conf", "", False), ("built-in", BUILTIN / "recipes", RECIPE, False)]
     seen: dict[tuple[str, str], Folder] = {}
     for provider, path, group, outside in folders:
-        if path.is_dir():
+        if os.path.isdir(path):  # False also for what is no name
             seen.setdefault((os.path.realpath(path), group), Folder(provider, path, group, outside))
     return list(seen.values())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import math
+import os
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
@@ -391,7 +392,7 @@ class _Checker:
         if resume not in ("auto", "never"):
             return True
         there = self.directory / run_dir / "checkpoints" if isinstance(run_dir, str) else None
-        return resume == "auto" and there is not None and any(there.glob("step_*"))
+        return resume == "auto" and there is not None and os.path.isdir(there) and any(there.glob("step_*"))
 
     def batch(self, world: int) -> None:
         """global_size = micro_size x accumulation.steps x processes; what is not given is derived."""

@@ -23,6 +23,8 @@ class Classification(Task):
     """
 
     def __init__(self, num_classes: int | None = None, meters: Mapping[str, Any] | None = None) -> None:
+        if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
+            raise ValueError("num_classes must be a whole number, at least 1")
         self.num_classes = num_classes
         self.meters = checked_meters(meters)
         #: Largest label of each data set, until it is compared with the model's classes.

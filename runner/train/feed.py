@@ -36,6 +36,8 @@ class Feed:
         while True:
             ahead, self._ahead = self._ahead, False
             batches = self._next if ahead else self._first()
+            if ahead:
+                self._beat(TRAIN, self._step)
             if self._error is not None:
                 raise self._error
             if batches is None:
@@ -55,7 +57,7 @@ class Feed:
         """This process's weight of the step to come, 0 where none is or nobody needs to know."""
         if not self._early:
             return 0
-        self._ahead = True
+        self._ahead, present = True, self._step
         # Where the others hear of a signal a step late, they count on this step's batches.
         wait = patient() if self._run.engine.flags_late else nullcontext()
         try:
@@ -69,6 +71,8 @@ class Feed:
             # Told when the step's turn comes: the present one is to be finished.
             self._error = error
             return 0
+        finally:
+            self._beat(TRAIN, present)
 
     def _first(self) -> Any:
         """A step's batches when its turn comes; None, on all processes, where a signal ended the wait of one."""

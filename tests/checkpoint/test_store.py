@@ -115,7 +115,7 @@ def test_find_takes_a_checkpoint_a_run_or_its_folder_of_checkpoints(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "kind", ["nowhere", "file", "empty", "run without any", "step folder", "damaged", "all damaged"]
+    "kind", ["nowhere", "too long", "file", "empty", "run without any", "step folder", "damaged", "all damaged"]
 )
 def test_find_says_what_is_wrong(tmp_path: Path, kind: str) -> None:
     path = tmp_path / kind
@@ -133,6 +133,8 @@ def test_find_says_what_is_wrong(tmp_path: Path, kind: str) -> None:
         (path / "checkpoints" / "step_3").mkdir(parents=True)
     elif kind == "empty":
         path.mkdir()
+    elif kind == "too long":
+        path = tmp_path / ("x" * 300)
     with pytest.raises(InputError) as caught:
         store.find(path)
     (problem,) = caught.value.problems

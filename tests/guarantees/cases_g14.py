@@ -7,10 +7,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from guarantees.supervised import WORDS, Program, held, require, slack
+from guarantees.supervised import WORDS, Program, held, require, sample_of, slack
 
 PLACES = ("model", "data", "hook", "save", "task", "system_exit", "exit_0", "kill")
 _SECONDS = 5.0
+#: The step in which everything goes wrong.
+_STEP = 3
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ WRITE = Case("write", 1, 2)
 _WORDS = {
     "model": ("model={{_target_: trouble.Model, rank: {rank}}}", "ValueError: boom"),
     "task": ("task={{_target_: trouble.Task, num_classes: 4, rank: {rank}}}", "ValueError: boom"),
-    "data": ("data.train={{_target_: trouble.Data, what: error}}", "ValueError: boom"),
+    "data": ("data.train={{_target_: trouble.Data, what: error, at: {at}}}", "ValueError: boom"),
     "hook": ("hooks.bad={{_target_: trouble.Trouble, what: error, rank: {rank}}}", "ValueError: boom"),
     "save": ("hooks.bad={{_target_: trouble.SlowSave, what: error, rank: {rank}}}", "ValueError: boom"),
     "system_exit": ("hooks.bad={{_target_: trouble.Trouble, what: system_exit, rank: {rank}}}", "SystemExit: enough"),
@@ -47,14 +49,19 @@ _WORDS = {
 _KEYS = {"model": "model", "task": "task", "data": "data.train", "hook": "hooks.bad", "save": "hooks.bad"}
 
 
+#: What is told of the step: what is raised ends a step that is not done yet, or comes after one.
+_AFTER = {"model": _STEP - 1, "task": _STEP - 1, "data": _STEP - 1}
+
+
 def run(case: Case, folder: Path) -> str | None:
     return held(lambda: _run(case, folder))
 
 
 def _run(case: Case, folder: Path) -> None:
     word, told = _WORDS[case.place]
-    words = [*WORDS, f"launch.nproc_per_node={case.nproc}", "train.steps=40", word.format(rank=case.rank)]
-    program = Program(folder, (*words, "checkpoint.every.steps=3", "checkpoint.async=false"))
+    word = word.format(rank=case.rank, at=sample_of(_STEP, case.rank, case.nproc))
+    words = [*WORDS, f"launch.nproc_per_node={case.nproc}", "train.steps=40", word]
+    program = Program(folder, (*words, f"checkpoint.every.steps={_STEP}", "checkpoint.async=false"))
     try:
         seen = program.end(90)
     finally:
@@ -63,11 +70,15 @@ def _run(case: Case, folder: Path) -> None:
     require(seen.code == 1, f"exit code {seen.code}", seen)
     require(seen.last.startswith("error: smoke failed "), "the last line", seen)
     require(told in seen.last, f"{told!r} in the last line", seen)
-    if case.place != "data":  # whoever has this sample
-        require(f": rank {case.rank} on " in seen.last, "the process", seen)
+    require(f": rank {case.rank} on " in seen.last, "the process", seen)
     if case.place in _KEYS:
         require(f"(in {_KEYS[case.place]})" in seen.last, "the key", seen)
-    require("step" in seen.last, "the step", seen)
+    steps = [f"after step {_AFTER.get(case.place, _STEP)}"]
+    if case.place in ("exit_0", "kill"):  # it says nothing itself: what the others say, or its last sign of life
+        steps += [f"in the training step (step {_STEP})"]
+    if case.place == "write":
+        steps += [f"saving (step {_STEP})"]
+    require(any(f"error: smoke failed {step}: " in seen.last for step in steps), f"{steps} in the last line", seen)
     require(told in seen.json("summary.json").get("error", ""), "summary.json", seen)
     require(seen.json("status.json").get("state") == "failed", "status.json", seen)
     require(took < _SECONDS * slack(), f"the others took {took:.1f} s", seen)

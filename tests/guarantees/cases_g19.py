@@ -3,33 +3,46 @@
 A case changes one thing: a key of the configuration, or something beside it (a version, the threads, the contents of a
 data set). It names the class that the change belongs to. Of a change that stops, the message must name key, both
 values and how to allow it; allowed by its key and by its group it must go on, and must bite: the losses that follow are
-not those of the run that changed nothing.
+not those of the run that changed nothing, but those of a loop in plain torch that goes on from the checkpoint's tensors
+with the new value.
+
+What is beside the configuration is changed around the program, and both sides of a message are what it found itself:
+when it saved, and when it goes on.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import math
+import platform
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import numpy
 import torch
+from safetensors.torch import load_file
 from small import CLASSES, FEATURES, config, data, mlp, run_job, spec
 
-from runner import drift
+from runner import environment
 from runner.assemble import check
 from runner.checkpoint import find
+from runner.data.order import Order
+from runner.data.synthetic import random_classification
 from runner.drift import compare
+from runner.engine.mesh import Mesh
 from runner.errors import InputError
 from runner.launch.worker import WorkPlan
 from runner.places import make_importable
@@ -122,13 +135,15 @@ def _warned() -> Iterator[Case]:
     yield one("precision", "precision was fp32 and is bf16", {"precision": "bf16"})
     yield one("shorter", "was to take 14 steps and is to take 7", {"train__epochs": 1})
     yield one("threads", "threads was 1 and is 7: results may differ in the last digits", outside="threads")
-    yield one("python", "python was ", outside="python")
-    yield one("torch", "torch was ", outside="torch")
-    yield one("numpy", "numpy was ", outside="numpy")
-    yield one("the program", "runner was ", outside="runner")
+    yield one("python", f"python was {platform.python_version()} and is 3.99.1", outside="python")
+    yield one("torch", f"torch was {torch.__version__} and is 99.0", outside="torch")
+    yield one("numpy", f"numpy was {numpy.__version__} and is 99.0", outside="numpy")
+    yield one("the program", "runner was 1.0 and is 99.0", outside="runner")
     yield one("a library gone", "nosuchlib was 0.1 and is not installed", outside="gone")
-    yield one("device", "device was cuda and is cpu", outside="device")
-    yield one("commit", "git commit was 1111111 and is 2222222", outside="commit")
+    yield one("device", "device was cpu and is xpu", outside="device")
+    here, now = platform.machine(), torch.backends.cpu.get_cpu_capability()
+    yield one("hardware", f"hardware was {here} {now} and is {here} NONE", outside="hardware")
+    yield one("commit", "git commit was {} and is {}", outside="commit")
     yield one("own code", "g19_code.py is changed", outside="code", base={"model": spec("g19_code.net")})
 
 
@@ -157,19 +172,19 @@ def _free() -> Iterator[Case]:
     yield one("a tracker", "trackers.jsonl", {"trackers": {}})
     yield one("restarts", "launch.max_restarts 0 -> 3", {"launch__max_restarts": 3})
     yield one("backend", "backend single -> ddp", {"backend": {"name": "ddp"}})
+    yield one("world", "world 1 -> 4", {}, outside="world")
     yield one("threads of another world", "threads 1 -> 7", {}, outside="threads of a world")
     yield one("trust", "trust [] -> ['mine.Net']", {"trust": ["mine.Net"]})
     yield one("weights to begin with", "init_from is not used", {"init_from": "elsewhere.safetensors"})
 
 
 def cases(count: int, seed: int) -> list[Case]:
-    """All of them, in an order of the seed's; a larger count takes them again."""
-    known = [*_stops(), *_warned(), *_free()]
-    draw = random.Random(seed)
-    found: list[Case] = []
+    """All of them in any case, in an order of the seed's; a larger count takes some again."""
+    known, draw = every(), random.Random(seed)
+    found = draw.sample(known, len(known))
     while len(found) < count:
-        found += draw.sample(known, len(known))
-    return found[:count]
+        found += draw.sample(known, min(len(known), count - len(found)))
+    return found
 
 
 def every() -> list[Case]:
@@ -190,7 +205,9 @@ def run(case: Case, folder: Path) -> str | None:
 
 
 def _judged(case: Case, folder: Path) -> str | None:
-    found = _compared(folder, case.base | case.changes)
+    found = _compared(folder, case.base | case.changes, case.outside)
+    if case.outside == "commit":
+        case = replace(case, like=case.like.format(*_commits(folder)))
     if case.kind != "stops":
         if isinstance(found, InputError):
             return f"it stopped: {found}"
@@ -219,20 +236,99 @@ def _judged(case: Case, folder: Path) -> str | None:
 
 
 def _bitten(case: Case, folder: Path, group: str) -> str | None:
-    """Whether the training that goes on with the change allowed is another one than without it."""
-    went = run_job(folder, config(**{**case.base, **case.changes, "resume_allow": [group]}))
+    """Whether the training that goes on with the change allowed is that of the new value, and not that of the old."""
+    settings = config(**{**case.base, **case.changes, "resume_allow": [group]})
+    expected = by_hand(folder, settings)
+    went = run_job(folder, settings)
     if went.code != 0:
         return f"the run that went on ended with {went.code}"
-    losses = [record["loss"] for record in went.train if record["step"] > DONE]
+    losses = {record["step"]: record["loss"] for record in went.train if record["step"] > DONE}
+    if expected is not None and (losses.keys() != expected.keys() or not _close(losses, expected)):
+        return f"the losses are {losses}, and with the new value they are {expected}"
     same = _unchanged(json.dumps(case.base, sort_keys=True))
-    return "what was allowed changed nothing" if losses[: len(same)] == same[: len(losses)] else None
+    return "what was allowed changed nothing" if _close(losses, same) else None
 
 
-def _compared(folder: Path, changes: dict[str, Any]) -> Any:
+def _close(losses: dict[int, float], expected: dict[int, float]) -> bool:
+    """Where both have a step."""
+    steps = losses.keys() & expected.keys()
+    return all(math.isclose(losses[step], expected[step], rel_tol=1e-4, abs_tol=1e-5) for step in steps)
+
+
+def by_hand(folder: Path, settings: dict[str, Any]) -> dict[int, float] | None:
+    """The losses from the checkpoint on in plain torch, with these settings; None where dropout is drawn."""
+    if settings["model"] != spec("small.mlp"):
+        return None
+    (file,) = (folder / "run" / "checkpoints" / f"step_{DONE:08d}").glob("*.safetensors")
+    saved = load_file(file)
+    model = mlp()
+    model.load_state_dict({name: saved[f"model/{name}"] for name, _ in model.named_parameters()})
+    optimizer = _optimizer(model, settings["optimizer"])
+    for name, p in model.named_parameters():
+        before = f"optimizer/state/{name}/"
+        optimizer.state[p] = {key.removeprefix(before): value for key, value in saved.items() if key.startswith(before)}
+    inputs, labels = _samples(folder, settings["data"]["train"])
+    order = Order(
+        len(labels), settings["batch"]["global_size"], settings["seed"], drop_last=settings["data"]["drop_last"]
+    )
+    total = settings["train"]["epochs"] * order.steps_per_epoch
+    times = 2 if settings["task"]["_target_"].endswith("Doubled") else 1
+    losses = {}
+    for step in range(DONE, total):
+        for group in optimizer.param_groups:
+            group["lr"] = settings["optimizer"]["lr"] * _factor(step, total, settings["scheduler"])
+        rows = order.indices(step)
+        loss = times * torch.nn.functional.cross_entropy(model(inputs[rows]), labels[rows])
+        losses[step + 1] = loss.item()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses
+
+
+def _optimizer(model: torch.nn.Module, values: dict[str, Any]) -> torch.optim.Optimizer:
+    """With the values of the configuration, and nothing else; parameters of `no_decay` without decay."""
+    kind = {"torch.optim.AdamW": torch.optim.AdamW, "torch.optim.SGD": torch.optim.SGD}[values["_target_"]]
+    given = {name: value for name, value in values.items() if name not in ("_target_", "no_decay")}
+    free, decayed = [], []
+    for name, p in model.named_parameters():
+        last = name.rpartition(".")[2]
+        (free if {name, last} & set(values.get("no_decay", ())) else decayed).append(p)
+    groups = [{"params": decayed}, *([{"params": free, "weight_decay": 0.0}] if free else [])]
+    made: torch.optim.Optimizer = kind(groups, **given)
+    return made
+
+
+def _factor(step: int, total: int, values: dict[str, Any] | None) -> float:
+    """Of the learning rate, by the formulas that the schedules are documented with."""
+    if values is None:
+        return 1.0
+    warm = values["warmup"] if values["warmup"] >= 1 else round(values["warmup"] * total)
+    if step < warm:
+        return float((step + 1) / (warm + 1))
+    done, final = (step - warm) / (total - warm), values["final"]
+    falls = 1 - done if values["_target_"].endswith("linear") else (1 + math.cos(math.pi * done)) / 2
+    return float(final + (1 - final) * falls)
+
+
+def _samples(folder: Path, values: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    if values == filed():
+        inputs, labels = torch.load(folder / "items.pt", weights_only=True)
+    else:
+        inputs, labels = random_classification(**{k: v for k, v in values.items() if k != "_target_"}).tensors
+    return inputs, labels
+
+
+def _compared(folder: Path, changes: dict[str, Any], outside: str = "") -> Any:
     settings = config(**changes)
     plan = WorkPlan(settings, settings, ["+recipe=small"], str(folder), time.time(), run_dir="run")
+    parts = check(settings)
+    if outside in ("world", "threads of a world"):
+        parts.backend.mesh = Mesh(0, 4)
+    if outside == "device":
+        parts.backend.device = torch.device("xpu")
     try:
-        return compare(plan, check(settings), find(folder / "run"))
+        return compare(plan, parts, find(folder / "run"))
     except InputError as error:
         return error
 
@@ -241,7 +337,8 @@ def _compared(folder: Path, changes: dict[str, Any]) -> Any:
 
 
 def _begin(case: Case, folder: Path) -> None:
-    shutil.copytree(_trained(json.dumps(case.base, sort_keys=True)), folder, dirs_exist_ok=True)
+    around = case.outside if case.outside in ("commit", "gone") else ""
+    shutil.copytree(_trained(json.dumps(case.base, sort_keys=True), around), folder, dirs_exist_ok=True)
     if case.outside == "code":
         importlib.invalidate_caches()
         sys.modules.pop("g19_code", None)
@@ -253,9 +350,15 @@ def _keeper() -> tempfile.TemporaryDirectory[str]:
 
 
 @cache
-def _trained(base: str) -> Path:
-    """A folder with a run in it that was stopped after four steps."""
+def _trained(base: str, around: str = "") -> Path:
+    """A folder with a run in it that was stopped after four steps; `around`: what of the case was there already."""
     folder = Path(tempfile.mkdtemp(dir=_keeper().name))
+    if around == "commit":
+        _git(folder, "init", "-q")
+        _commit(folder)
+    if around == "gone":
+        library = sys.modules["nosuchlib"] = ModuleType("nosuchlib")
+        library.__version__ = "0.1"  # type: ignore[attr-defined]
     (folder / "g19_code.py").write_text(CODE.format(0.0))
     torch.save(_items(50), folder / "items.pt")
     changes = json.loads(base)
@@ -266,6 +369,7 @@ def _trained(base: str) -> Path:
         mock.patch.object(Filed, "folder", folder),
         mock.patch("torch.get_num_threads", return_value=1),
         mock.patch("runner.environment._own_version", return_value="1.0"),
+        mock.patch("runner.environment._COUNTING", (*environment._COUNTING, "nosuchlib")),
     ):
         hooks = {**config()["hooks"], "more": spec("small.Interrupt", step=DONE)}
         try:
@@ -273,17 +377,31 @@ def _trained(base: str) -> Path:
             assert run_job(folder, config(**{**changes, "hooks": hooks})).code == 75
         finally:
             sys.path[:] = before
+            sys.modules.pop("nosuchlib", None)
     return folder
 
 
+def _git(folder: Path, *words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=folder, check=True, capture_output=True, text=True)
+    return done.stdout
+
+
+def _commit(folder: Path) -> None:
+    _git(folder, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "a")
+
+
+def _commits(folder: Path) -> list[str]:
+    return _git(folder, "log", "--reverse", "--format=%h", "--abbrev=12").split()
+
+
 @cache
-def _unchanged(base: str) -> list[float]:
+def _unchanged(base: str) -> dict[int, float]:
     """The losses after the fourth step where nothing is changed."""
     with tempfile.TemporaryDirectory() as path:
         shutil.copytree(_trained(base), path, dirs_exist_ok=True)
         with mock.patch.object(Filed, "folder", Path(path)):
             went = run_job(Path(path), config(**json.loads(base)))
-        return [record["loss"] for record in went.train if record["step"] > DONE]
+        return {record["step"]: record["loss"] for record in went.train if record["step"] > DONE}
 
 
 # --- what a change is made of -----------------------------------------------------------------------------------------
@@ -331,47 +449,23 @@ def _changed(case: Case, folder: Path) -> Iterator[None]:
         torch.save(tuple(part[:49] for part in _items(50)), folder / "items.pt")
     elif case.outside == "code":
         (folder / "g19_code.py").write_text(CODE.format(0.5))
-    patches: list[Any] = [mock.patch.object(Filed, "folder", folder)]
-    # Else somebody who edits the program while this runs would be found.
-    patches.append(mock.patch("runner.environment._own_version", return_value="1.0"))
+    elif case.outside == "commit":
+        _commit(folder)
     threads = 7 if case.outside.startswith("threads") else 1
-    patches.append(mock.patch("torch.get_num_threads", return_value=threads))
-    found = drift.setting
-    patches.append(mock.patch.object(drift, "setting", lambda *given: _altered(case.outside, found, given)))
-    extra = drift.extra_of
-    patches.append(mock.patch.object(drift, "extra_of", lambda path: _aged(case.outside, extra(path))))
-    for patch in patches:
-        patch.start()
-    try:
+    # Else somebody who edits the program while this runs would be found.
+    program = "99.0" if case.outside == "runner" else "1.0"
+    patches: list[Any] = [
+        mock.patch.object(Filed, "folder", folder),
+        mock.patch("runner.environment._own_version", return_value=program),
+        mock.patch("torch.get_num_threads", return_value=threads),
+    ]
+    if case.outside in ("torch", "numpy"):
+        patches.append(mock.patch(f"{case.outside}.__version__", "99.0"))
+    elif case.outside == "python":
+        patches.append(mock.patch("platform.python_version", return_value="3.99.1"))
+    elif case.outside == "hardware":
+        patches.append(mock.patch("torch.backends.cpu.get_cpu_capability", return_value="NONE"))
+    with ExitStack() as patched:
+        for patch in patches:
+            patched.enter_context(patch)
         yield
-    finally:
-        for patch in reversed(patches):
-            patch.stop()
-
-
-def _altered(outside: str, setting: Callable[..., dict[str, Any]], given: Any) -> dict[str, Any]:
-    """What the run that goes on finds around it."""
-    made = setting(*given)
-    if outside == "python":
-        made["python"] = "3.99.1"
-    elif outside in ("torch", "numpy", "runner"):
-        made["versions"] = {**made["versions"], outside: "99.0"}
-    elif outside == "commit":
-        made["commit"] = "2222222"
-    return made
-
-
-def _aged(outside: str, extra: dict[str, Any]) -> dict[str, Any]:
-    """What another computer would have saved."""
-    setting = extra["setting"]
-    if outside == "device":
-        setting["device"] = "cuda"
-    elif outside == "threads of a world":
-        setting["world"] = 4
-    elif outside == "gone":
-        setting["versions"]["nosuchlib"] = "0.1"
-    elif outside == "commit":
-        setting["commit"] = "1111111"
-    elif outside == "numpy":
-        setting["versions"]["numpy"] = "1.0"
-    return extra

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,10 +49,10 @@ def run(case: Case, folder: Path) -> str | None:
     )
     wrong = [words["wrong"] for words in said if "wrong" in words]
     errors = [words["error"] for words in said if "error" in words]
-    if wrong or (errors and not kills) or (not kills and any(codes)):
+    if wrong or errors or any(code != (-signal.SIGKILL if kills else 0) for code in codes):
         return f"{wrong}, {errors}, {codes}"
     known = max((words["saved"] for words in said if "saved" in words), default=0)
-    if known < {"changed": 3, "failing": 3, "one in flight": 3}.get(case.kind, 1):
+    if known < {"changed": 3, "failing": 3, "killed": 2, "one in flight": 3}.get(case.kind, 1):
         return f"it ended early: {said}"
     if case.kind == "exit waits":
         known = 2
@@ -124,12 +125,16 @@ def _failing(child: Child, saver: Any, box: Box, where: float) -> None:
 
 
 def _killed(child: Child, saver: Any, box: Box, where: float) -> None:
-    """Until somebody kills it."""
+    """Until somebody kills it; one save beside the training has been published by then."""
     del where
     from runner.checkpoint import store
 
+    box.fill(2)
+    saver.save(2, {"step": 2}, wait=False)
+    box.fill(-1)
+    _published(child, saver, [2])
     child.say(armed=True)
-    for step in range(2, 10_000):
+    for step in range(3, 10_000):
         box.fill(step)
         saver.save(step, {"step": step}, wait=False)
         box.fill(-1)

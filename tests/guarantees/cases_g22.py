@@ -63,9 +63,8 @@ class Case(NamedTuple):
 
 @cache
 def cells() -> tuple[Cell, ...]:
-    """All that are valid here."""
-    zeros = [f"z{stage}" for stage in range(4)] if find_spec("deepspeed") else []
-    backends = ["single", "ddp", "fsdp", "hybrid", *zeros]
+    """All that are valid."""
+    backends = ["single", "ddp", "fsdp", "hybrid", *(f"z{stage}" for stage in range(4))]
     return tuple(Cell(*cell) for cell in product(backends, WORLDS, ("fp32", "bf16", "fp16")) if _valid(*cell))
 
 
@@ -76,12 +75,20 @@ def _valid(backend: str, world: int, precision: str) -> bool:
     return precision != "fp16" and (backend, precision) != ("z0", "bf16") if backend.startswith("z") else True
 
 
-def cases(count: int, seed: int) -> list[Case]:
+def usable(*, deepspeed: bool = True) -> list[Cell]:
+    """The cells, with those of DeepSpeed or without. Raises ModuleNotFoundError where it is wanted and not there."""
+    if deepspeed and find_spec("deepspeed") is None:
+        raise ModuleNotFoundError("deepspeed is not installed, and most pairs of G22 are with its stages: install it")
+    return [cell for cell in cells() if deepspeed or not cell.backend.startswith("z")]
+
+
+def cases(count: int, seed: int, *, deepspeed: bool = True) -> list[Case]:
     """Pairs that cover each two of (backend, processes, precision of either cell) together soon; then all others.
 
     Of pairs that cover as much, the one that keeps the fewest processes busy.
     """
-    everything = [Case(save, load) for save in cells() for load in cells()]
+    found = usable(deepspeed=deepspeed)
+    everything = [Case(save, load) for save in found for load in found]
     random.Random(seed).shuffle(everything)
     chosen: list[Case] = []
     uncovered = {two for case in everything for two in _pairs(case)}

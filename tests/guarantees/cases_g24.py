@@ -1,12 +1,17 @@
-"""Canaries in all places where a secret may stand, and the search for them in everything that a run leaves behind."""
+"""Canaries in all places where a secret may stand, and the search for them in everything that a run leaves behind.
+
+Looked through are the user's whole folder, in which the home and the folder for temporary files lie as well, names of
+files included, while the run is there and after it; what it says; and the command lines of all processes that it
+starts. What the user typed is the command line of the program itself, as of every program.
+"""
 # ruff: noqa: E501 (a case a line)
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +76,8 @@ trackers:
 """
 
 SECRET = "c4nary-{}-9f2e7d"
+#: Where a case itself writes the secret down.
+WRITTEN = ("recipes/own.yaml", "settings.txt")
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,14 @@ class Case:
     @property
     def secret(self) -> str:
         return SECRET.format(self.name.replace(" ", "-"))
+
+    @property
+    def started(self) -> int:
+        """The processes that the program starts at least, each with a command line of its own."""
+        return self.world if self.world > 1 else int("-m" in self.words)
+
+    def __str__(self) -> str:
+        return self.name
 
 
 def _of(name: str, **parts) -> Case:
@@ -122,7 +137,16 @@ CASES = [
     _of("an exception", hook=", api_key: SECRET", fail=True),
     _of("an exception of a process", hook=", api_key: SECRET", fail=True, world=2),
     _of("several processes", hook=", api_key: SECRET", world=2),
+    _of("the command line of several processes", words=["hooks.reporter.api_key=SECRET", "+trackers.mine.password='SECRET'", "data.num_workers=1"], world=2),
+    _of("a URL on the command line of several processes", words=["+trackers.mine.url='https://me:SECRET@host/x'"], world=2),
+    _of("a variable of several processes", hook=", header: 'Bearer ${oc.env:MY_TOKEN}'", variables=[("MY_TOKEN", "SECRET")], world=2),
+    _of("an exception by the command line", words=["hooks.reporter.api_key=SECRET"], fail=True, world=2),
+    _of("a sweep over secrets", words=["-m", "hooks.reporter.api_key=SECRET,SECRET-2"]),
 ]  # fmt: skip
+
+
+def every() -> list[Case]:
+    return CASES
 
 
 def cases(count: int, seed: int) -> list[Case]:
@@ -147,37 +171,55 @@ def run(case: Case, folder: Path) -> str | None:
     if case.changed not in ("", "recipe"):
         (folder / "settings.txt").write_text(case.changed)
     (folder / "wait").touch()
-    process = begin(
-        folder, "+recipe=own", "run_dir=run", *case.words, **{"OMP_NUM_THREADS": "1", **dict(case.variables)}
-    )
+    for name in ("home", "tmp"):
+        (folder / name).mkdir()
+    variables = {
+        "OMP_NUM_THREADS": "1",
+        "HOME": str(folder / "home"),
+        "XDG_CACHE_HOME": str(folder / "home" / ".cache"),
+        "TMPDIR": str(folder / "tmp"),
+        **dict(case.variables),
+    }
+    process = begin(folder, "+recipe=own", "run_dir=run", *case.words, **variables)
     titles = _titles(process.pid, folder)
+    meanwhile = [f"{place} while it ran" for place in _places(case, folder)]
     (folder / "wait").unlink()
     told = end(process, folder / "run")
     if told.code != (1 if case.fail else 0):
         return f"{case.name}: exit {told.code}: {told.err[-1500:]}"
-    return _found(case, folder, told, titles)
+    return _found(case, folder, told, titles, meanwhile)
 
 
 def _titles(parent: int, folder: Path) -> list[str]:
     """The command lines of all processes but the one that the user typed, once the first step is made."""
     until = time.monotonic() + 60
-    while not (folder / "run" / "metrics.jsonl").exists() and time.monotonic() < until and parent in living(parent):
+    while not any((folder / "run").rglob("metrics.jsonl")) and time.monotonic() < until and parent in living(parent):
         time.sleep(0.05)
     return [line for pid, line in living(parent).items() if pid != parent]
 
 
-def _found(case: Case, folder: Path, told: Told, titles: list[str]) -> str | None:
-    secret = case.secret.encode()
-    places = [
-        str(path.relative_to(folder))
-        for path in sorted((folder / "run").rglob("*"))
-        if path.is_file() and secret in path.read_bytes()
-    ]
+def _places(case: Case, folder: Path) -> list[str]:
+    """Files that hold the secret, or are named by it."""
+    secret, found = case.secret.encode(), []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        with suppress(FileNotFoundError):  # gone meanwhile
+            held = path.is_file() and name not in WRITTEN and secret in path.read_bytes()
+            if held or case.secret in name:
+                found.append(name)
+    return found
+
+
+def _found(case: Case, folder: Path, told: Told, titles: list[str], meanwhile: list[str]) -> str | None:
+    if len(titles) < case.started:
+        return f"{case.name}: {case.started} processes are to be looked at, and there are {titles}"
+    places = [*meanwhile, *_places(case, folder)]
     places += [name for name, text in (("stdout", told.out), ("stderr", told.err)) if case.secret in text]
     places += [f"the title {title}" for title in titles if case.secret in title]
     if places:
         return f"{case.name}: found in {', '.join(places)}"
-    saved = case.fail or list((folder / "run" / "checkpoints").glob("step_*"))
-    if not saved or not (folder / "run" / "environment.json").is_file():
-        return f"{case.name}: nothing was saved: {sorted(os.listdir(folder / 'run'))}"
+    written = {path.name for path in (folder / "run").rglob("*")}
+    saved = case.fail or any(name.startswith("step_") for name in written)
+    if not saved or not written >= {"environment.json", "tracker.json", "main.log"}:
+        return f"{case.name}: nothing was saved: {sorted(written)}"
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from typing import Any
@@ -19,10 +20,10 @@ FEATURES, CLASSES, LENGTH = 6, 4, 5
 
 
 class Net(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.3) -> None:
         super().__init__()
         self.first, self.norm = nn.Linear(FEATURES, 24), nn.LayerNorm(24)
-        self.drop, self.last = nn.Dropout(0.3), nn.Linear(24, CLASSES)
+        self.drop, self.last = nn.Dropout(dropout), nn.Linear(24, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.drop(torch.tanh(self.norm(self.first(x)))))
@@ -43,11 +44,11 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.x)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, int]:
         x = self.x[index]
         if self.noise:
             x = x + self.noise * torch.randn(LENGTH, FEATURES)
-        return x, self.y[index], self.weights[index]
+        return x, self.y[index], self.weights[index], index
 
 
 class Tokens(Task):
@@ -55,8 +56,12 @@ class Tokens(Task):
 
     def __init__(self) -> None:
         self.meters = {"accuracy": Accuracy(ignore_index=-100), "error": MeanAbsoluteError()}
+        #: Of the step that is being made.
+        self.samples: list[int] = []
 
     def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            self.samples += batch[3].tolist()
         each = cross_entropy(outputs.flatten(0, 1), batch[1].flatten(), reduction="none", ignore_index=-100)
         return (each.view(batch[1].shape) * batch[2][:, None]).sum()
 
@@ -68,15 +73,32 @@ class Tokens(Task):
 
 
 class Interrupt(Hook):
-    """Sends a signal to the process of one rank, so many seconds after the end of a step."""
+    """Sends a signal to the process of one rank, so many seconds after the end of a step, or of the first one after it.
 
-    def __init__(self, step: int = 0, number: int = 0, rank: int = 0, seconds: float = 0.0) -> None:
-        self.step, self.number, self.rank, self.seconds = step, number, rank, seconds
+    Writes which samples each step had into the file `samples`, and the step of the signal into `interrupted`.
+    """
+
+    def __init__(self, step: int = 0, number: int = 0, rank: int = 0, seconds: float = 0.0, start: int = 0) -> None:
+        self.step, self.number, self.rank, self.seconds, self.start = step, number, rank, seconds, start
+        self.sent = not number
 
     def on_step_end(self, run: Run) -> None:
-        if run.progress.step == self.step and run.engine.mesh.data_rank == self.rank:
-            if not self.seconds:
-                os.kill(os.getpid(), self.number)
-            timer = threading.Timer(self.seconds, os.kill, (os.getpid(), self.number))
-            timer.daemon = True
-            timer.start()
+        step, rank = run.progress.step, run.engine.mesh.data_rank
+        line = {"start": self.start, "step": step, "rank": rank, "samples": run.task.samples}
+        _append("samples", line)
+        run.task.samples = []
+        if self.sent or step < self.step or rank != self.rank:
+            return
+        self.sent = True
+        _append("interrupted", {"start": self.start, "step": step})
+        if not self.seconds:
+            os.kill(os.getpid(), self.number)
+            return
+        timer = threading.Timer(self.seconds, os.kill, (os.getpid(), self.number))
+        timer.daemon = True
+        timer.start()
+
+
+def _append(name: str, line: dict[str, Any]) -> None:
+    with open(name, "ab", buffering=0) as file:
+        file.write(json.dumps(line).encode() + b"\n")

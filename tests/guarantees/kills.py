@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
 import random
-import select
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +53,15 @@ _CLOCKS = {"time", "samples_per_second", "tokens_per_second", "seconds", "steps_
 
 @dataclass(frozen=True)
 class Kill:
-    """One kill: when (a moment of MOMENTS), `place` of what is left until then (0 to 1), how long after it, whom."""
+    """One kill: when (a moment of MOMENTS), at which `place` of what is left of the run, how far `within` the moment
+    (both 0 to 1), how many seconds after it was reached, whom."""
 
     moment: str
     place: float
     delay: float
     target: str
     rank: int = 0
+    within: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,23 @@ class Start:
         backend, precision = cell.split("-")
         return cls((*BACKENDS[backend], *PRECISIONS[precision], *words))
 
+    @property
+    def world(self) -> int:
+        """How many ranks it starts."""
+        found = [int(word.partition("=")[2]) for word in self.words if word.startswith("launch.nproc_per_node=")]
+        return found[-1] if found else 1
+
 
 class Violated(AssertionError):
     """What was promised and did not hold."""
+
+
+class Missed(Exception):
+    """A kill by the clock came when the run was over, or ended it well: `number` says which of the kills."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"the run was over before kill {number + 1}")
+        self.number = number
 
 
 # --- a place of its own ----------------------------------------------------------------------------------------------
@@ -94,6 +107,7 @@ class Home:
         (folder / "recipes").mkdir(parents=True)
         for name in ("tmp", "home", "cache"):
             (folder / name).mkdir()
+        self._halt, self._halted = folder / "halt", folder / "halted"
         shutil.copy(HERE / "rich.yaml", folder / "recipes")
         shutil.copy(HERE / "rich.py", folder)
         #: All processes that were ever seen: shared memory is named after them.
@@ -127,6 +141,23 @@ class Home:
         path = self.path / "said"
         return path.read_text(errors="replace")[-3000:] if path.exists() else ""
 
+    def halt(self, order: Mapping[str, Any]) -> None:
+        """Lets the program that is started next halt at a place; see rich.Halt."""
+        self._halted.unlink(missing_ok=True)
+        self._halt.write_text(json.dumps(order))
+
+    def halted(self) -> str | None:
+        """What a process has halted at, None as long as none has. Raises Violated where it has gone on."""
+        said = self._halted.read_text() if self._halted.exists() else ""
+        at, _, more = said.partition("\n")
+        if more:
+            raise Violated(f"went on although nobody had allowed it: {said!r}")
+        return at if said else None
+
+    def release(self) -> None:
+        """Whoever has halted goes on."""
+        self._halt.unlink(missing_ok=True)
+
     def living(self) -> dict[int, str]:
         """All processes that came from the programs started here, whatever session or parent they have now."""
         found = {}
@@ -138,9 +169,8 @@ class Home:
                         found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         return found
 
-    def ranks(self) -> dict[int, int]:
+    def ranks(self, living: Mapping[int, str]) -> dict[int, int]:
         """The processes of this run's ranks: rank -> pid; one process without a parent of ours is rank 0."""
-        living = self.living()
         workers = {pid: line for pid, line in living.items() if "runner.launch.worker" in line}
         if not workers:
             parents = {parent(pid) for pid in living}
@@ -169,7 +199,7 @@ class Home:
         pids = {str(pid) for pid in self.seen}
         if shared.is_dir() and pids:
             found |= {f"/dev/shm/{entry.name}" for entry in shared.iterdir() if pids & set(_numbers(entry.name))}
-        return found - {"said"}
+        return found - {"said", "halt", "halted"}
 
     def clean(self) -> None:
         """Ends whatever still lives, so that a test that fails leaves nothing."""
@@ -188,98 +218,84 @@ def _numbers(name: str) -> list[str]:
 # --- the moment ------------------------------------------------------------------------------------------------------
 
 
-class Watch:
-    """Sleeps until a file or folder below a run's folder appears or changes: saves are over before a poll sees them."""
-
-    _MODIFY, _MOVED_TO, _CREATE = 0x2, 0x80, 0x100
-
-    def __init__(self, run: Path) -> None:
-        self.run = run
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self._fd = self._libc.inotify_init1(os.O_NONBLOCK)
-        self._folders: dict[int, Path] = {}
-        self._watched: set[Path] = set()
-        self._follow()
-
-    def _follow(self) -> None:
-        for folder in (self.run.parent, self.run, self.run / "checkpoints"):
-            if folder not in self._watched and folder.is_dir():
-                number = self._libc.inotify_add_watch(
-                    self._fd, os.fsencode(folder), self._MOVED_TO | self._CREATE | self._MODIFY
-                )
-                if number >= 0:
-                    self._folders[number] = folder
-                    self._watched.add(folder)
-
-    def events(self, seconds: float) -> list[Path]:
-        """What appeared or changed, after at most `seconds`."""
-        if not select.select([self._fd], [], [], max(seconds, 0.0))[0]:
-            return []
-        data, found = os.read(self._fd, 1 << 16), []
-        while data:
-            number, _mask, _cookie, length = struct.unpack_from("iIII", data)
-            name = os.fsdecode(data[16 : 16 + length].rstrip(b"\0"))
-            found.append(self._folders.get(number, self.run) / name)
-            data = data[16 + length :]
-        self._follow()
-        return found
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-
 @dataclass
 class Known:
-    """What a reference run tells of its kind: seconds until its training begins and until its end, its records."""
+    """What a reference run tells of its kind: seconds until its training begins and until its end, its steps."""
 
     starts: float
     ends: float
-    lines: int
-    saves: int = 10
-    evaluations: int = 4
+    steps: int
 
 
-def wait_for(kill: Kill, home: Home, process: subprocess.Popen[bytes], known: Known) -> bool:
-    """Waits for the moment of a kill. False where the run ended before it came."""
+def possible(kill: Kill, done: int, known: Known) -> Kill:
+    """The kill, or, where its moment cannot come any more after `done` steps, another."""
+    if done >= known.steps:
+        return replace(kill, moment="start", place=kill.place * 0.3)  # what is finished says so and ends
+    if kill.moment == "prune" and done > known.steps - _SAVES:
+        return replace(kill, moment="step")  # no two saves are left, and the first of them may remove nothing
+    return kill
+
+
+#: Steps that hold two saves, the last one among them.
+_SAVES = 4
+
+#: The small things that belong to a moment, after which a process halts: those of a step are told by events of hooks,
+#: those of a save or a prune are files that are opened, renamed and removed, those of an evaluation batches.
+_PARTS = {"start": 1, "step": 3, "save": 5, "prune": 6, "evaluation": 3}
+
+
+def order(kill: Kill, done: int, known: Known, world: int) -> dict[str, Any] | None:
+    """Where a process is to halt for a kill, in the words of rich.Halt; None where only a clock says when it comes."""
+    if kill.moment == "any":
+        return None
+    last = known.steps - _SAVES if kill.moment == "prune" else known.steps
+    # Only the first process prunes, and of a save any other does one thing only: it writes its file.
+    rank = 0 if kill.moment == "prune" else kill.rank % world
+    parts = 1 if kill.moment == "save" and rank else _PARTS[kill.moment]
+    return {
+        "moment": kill.moment,
+        "step": 0 if kill.moment == "start" else done + 1 + int(kill.place * (last - done)),
+        "skip": int(kill.within * parts),
+        "rank": None if kill.moment == "start" else rank,
+    }
+
+
+def wait_for(kill: Kill, home: Home, process: subprocess.Popen[bytes], known: Known, done: int) -> str | None:
+    """Waits for the moment of a kill; in words what the run is at now. None where it ended before the time came.
+
+    But for kills by the clock, a process has halted in this very moment and stays there, so the kill lands in it.
+    Raises Violated where none has, and where the run's files do not say so too.
+    """
     began = time.monotonic()
     if kill.moment in ("start", "any"):
-        seconds = kill.place * (known.starts if kill.moment == "start" else known.ends)
-        return _still(process, began + seconds)
-    done = _records(home.run)
-    # How many of the events are still to come, and which of them is meant.
-    left = {
-        "step": known.lines - done,
-        "save": known.saves * (1 - done / known.lines),
-        "prune": (known.saves - 2) * (1 - done / known.lines),
-        "evaluation": known.evaluations * (1 - done / known.lines),
-    }[kill.moment]
-    wanted = 1 + int(kill.place * max(left - 1, 0))
-    watch, seen = Watch(home.run), 0
-    try:
-        while process.poll() is None and time.monotonic() < began + ENDED:
-            for path in watch.events(0.5):
-                if _is(kill.moment, path):
-                    seen += 1
-                    if seen >= wanted:
-                        return _still(process, time.monotonic() + kill.delay)
-        return False
-    finally:
-        watch.close()
+        # Of a start the end is a halt, however long it takes today.
+        left = known.starts + (known.ends - known.starts) * (1 - done / known.steps)
+        alive = _still(process, began + kill.place * (known.starts if kill.moment == "start" else left))
+        if kill.moment == "start":
+            home.halted()
+        return _state(home.run) if alive else None
+    while (at := home.halted()) is None or not _shows(kill.moment, at, home.run):
+        if process.poll() is not None or time.monotonic() > began + ENDED:
+            raise Violated(f"no {kill.moment} was seen: halted at {at!r}, {_state(home.run)}\n{home.said()}")
+        time.sleep(0.002)
+    _still(process, time.monotonic() + kill.delay)
+    if home.halted() != at or not _shows(kill.moment, at, home.run):
+        raise Violated(f"the {kill.moment} went on although a process had halted in it: {_state(home.run)}")
+    return at or _state(home.run)
 
 
-def _is(moment: str, path: Path) -> bool:
-    if moment == "step":
-        return path.name == "metrics.jsonl"
-    if moment == "save":
-        return path.name.startswith(".tmp-")
-    if moment == "prune":
-        return path.name.startswith(".trash-")
-    if path.name != "status.json":
-        return False
+def _shows(moment: str, at: str, run: Path) -> bool:
+    """Whether the files of a run say that it is at a moment: a folder that is not whole, or its state."""
+    if moment in ("save", "prune"):
+        return (run / "checkpoints" / at).is_dir()
+    return _state(run) == {"step": "running", "evaluation": "evaluating"}[moment]
+
+
+def _state(run: Path) -> str:
     try:
-        return json.loads(path.read_text())["state"] == "evaluating"
+        return str(json.loads((run / "status.json").read_text())["state"])
     except (OSError, ValueError, KeyError):
-        return False
+        return "no state"
 
 
 def _still(process: subprocess.Popen[bytes], until: float) -> bool:
@@ -290,7 +306,7 @@ def _still(process: subprocess.Popen[bytes], until: float) -> bool:
     return process.poll() is None
 
 
-def _records(run: Path) -> int:
+def _done(run: Path) -> int:
     """Finished steps of which a checkpoint tells."""
     names = [path.name for path in (run / "checkpoints").glob("step_*")]
     return max((int(name[5:]) for name in names), default=0)
@@ -301,8 +317,9 @@ def _records(run: Path) -> int:
 
 def hit(kill: Kill, home: Home, process: subprocess.Popen[bytes]) -> str:
     """Kills, and returns whom."""
-    home.seen.update(home.living())
-    ranks = home.ranks()
+    living = home.living()
+    home.seen.update(living)
+    ranks = home.ranks(living)
     if kill.target == "parent" or not ranks:
         victims = {"parent": process.pid}
     elif kill.target == "rank":
@@ -472,26 +489,35 @@ def reference(start: Start, folder: Path) -> tuple[Outcome, Known]:
         summary = json.loads((home.run / "summary.json").read_text())
         evaluations = sum(record["split"] == "eval" for record in outcome.records)
         steps = len(outcome.records) - evaluations
-        return outcome, Known(summary["startup_seconds"], seconds, steps, steps // 3, evaluations)
+        return outcome, Known(summary["startup_seconds"], seconds, steps)
 
 
 def survive(start: Start, kills: Sequence[Kill], folder: Path, expected: Outcome, known: Known) -> list[str]:
-    """Runs the command, kills it at each of the moments, and at last lets it end; the kills that hit.
+    """Runs the command, kills it at each of the moments, and at last lets it end; what each kill hit, and at what.
 
-    Raises Violated where something was left after a kill, or where the outcome is not the expected one.
+    Raises Violated where something was left after a kill, or where the outcome is not the expected one, and Missed
+    where a kill came too late.
     """
     told: list[str] = []
     with home_in(folder) as home:
         try:
-            for kill in kills:
+            for number, kill in enumerate(kills):
+                done = _done(home.run)
+                kill = possible(kill, done, known)
+                if (place := order(kill, done, known, start.world)) is not None:
+                    home.halt(place)
                 process = home.begin(start)
-                if not wait_for(kill, home, process, known):
+                if (at := wait_for(kill, home, process, known, done)) is None:
                     if (code := process.wait(ENDED)) != 0:
                         raise Violated(f"exit code {code} without a kill\n{home.said()}")
-                    break
-                whom = hit(kill, home, process)
-                told.append(f"{whom} at {kill.moment}")
+                    raise Missed(number)
+                told.append(f"{hit(kill, home, process)} at {kill.moment} ({at})")
+                home.release()
                 gone(home, process, told[-1])
+                if process.returncode == 0 and kill.moment in ("start", "any"):
+                    raise Missed(number)  # what was killed had done its part
+                if process.returncode == 0:
+                    raise Violated(f"exit code 0 after a kill\n{home.said()}")
             finish(home, start)
             compare(expected, Outcome.of(home.run))
         except Violated as error:

@@ -68,6 +68,45 @@ def room_for(size: int, number: int = errno.ENOSPC, before: Callable[[], Any] = 
         synced.Written._out = out  # type: ignore[method-assign]
 
 
+#: What Python tells of before it is done, by the kind of call that is refused.
+_EVENTS = {"open": ("open",), "mkdir": ("os.mkdir",), "rename": ("os.rename", "runner.exchange")}
+
+
+@contextlib.contextmanager
+def refusing(what: str, at: int, number: int, folder: Path, *, once: bool = False) -> Iterator[None]:
+    """A disk that refuses this process a kind of call below `folder`: the `at`-th from 0, and unless `once` all after.
+
+    `what` is open (a new file), mkdir, rename (an exchange of names as well), or fsync, of which all count.
+    """
+    from runner.checkpoint import synced
+
+    seen, over, system = 0, False, synced.os
+
+    def count() -> None:
+        nonlocal seen
+        seen += 1
+        if seen == at + 1 or (seen > at and not once):
+            raise OSError(number, os.strerror(number))
+
+    def hear(name: str, arguments: Any) -> None:
+        if over or name not in _EVENTS.get(what, ()) or not isinstance(arguments[0], str | os.PathLike):
+            return
+        if (what != "open" or arguments[2] & os.O_CREAT) and Path(arguments[0]).is_relative_to(folder):
+            count()
+
+    def fsync(handle: int) -> None:
+        count()
+        os.fsync(handle)
+
+    sys.addaudithook(hear)
+    if what == "fsync":
+        synced.os = type("refusing", (), {**vars(os), "fsync": staticmethod(fsync)})  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        over, synced.os = True, system  # type: ignore[attr-defined]
+
+
 def run_children(
     function: str, arguments: Sequence[Any], *, world: int = 1, kill: Sequence[int] = (), delay: float | None = None
 ) -> tuple[list[int], list[dict[str, Any]]]:
@@ -144,9 +183,11 @@ def _handled(task: dict[str, Any], patience: float = 60.0) -> dict[str, Any]:
                 until += 5
             if kill_at is not None and time.monotonic() >= kill_at:
                 kill_at = until
-                for rank in task["kill"]:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(children[rank], signal.SIGKILL)
+                # Stopped first, so that none of them hears of another's end before its own.
+                for number in (signal.SIGSTOP, signal.SIGKILL):
+                    for rank in task["kill"]:
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(children[rank], number)
         os.close(reading)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         # The last line may be a part of one.

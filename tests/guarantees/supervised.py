@@ -71,8 +71,11 @@ class Program:
 
     def wait_for(self, condition: Callable[[], Any], seconds: float = 90.0) -> None:
         until = time.monotonic() + seconds
-        while not condition():
-            if self.process.poll() is not None:
+        while True:
+            over = self.process.poll() is not None
+            if condition():
+                return
+            if over:
                 raise Broken(f"ended too early: {self.process.communicate()}")
             if time.monotonic() > until:
                 raise Broken("what was waited for did not happen")
@@ -119,6 +122,27 @@ class Program:
     def kill(self) -> None:
         for pid in living(self.process.pid):
             os.kill(pid, signal.SIGKILL)
+
+
+def whole_checkpoints(run: Path) -> list[int]:
+    """The steps of a run's checkpoints, each of them read and verified; Broken where one is not whole."""
+    from runner.checkpoint.manifest import Damaged, Manifest
+    from runner.checkpoint.verify import verify
+
+    folders = sorted((run / "checkpoints").glob("step_*"))
+    try:
+        for folder in folders:
+            verify(folder, Manifest.read(folder))
+    except Damaged as error:
+        raise Broken(str(error)) from None
+    return [int(folder.name[5:]) for folder in folders]
+
+
+def sample_of(step: int, rank: int, nproc: int) -> int:
+    """The first sample that a process of the smoke recipe gets in a step (from 1)."""
+    from runner.data.order import Order
+
+    return int(Order(256, 32).indices(step - 1)[32 // nproc * rank])
 
 
 def of_torch(path: Path) -> bool:

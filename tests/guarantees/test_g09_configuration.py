@@ -17,6 +17,13 @@ def test_any_change_of_one_character_gives_a_plan_or_problems(tmp_path):
     assert [violation for violation in found if violation is not None] == []
 
 
+def test_what_is_no_number_of_classes_is_told_before_labels_are_compared_with_it(tmp_path):
+    text = next(path for path in cases_g09.RECIPES if path.stem == "smoke").read_text(encoding="utf-8")
+    assert "num_classes: 4\n" in text
+    case = cases_g09.Case("smoke", "a letter", text.replace("num_classes: 4\n", "num_classes: 4T\n"), builds=True)
+    assert cases_g09.run(case, tmp_path) is None
+
+
 def test_all_at_once_with_place_key_and_remedy_and_without_torch(tmp_path):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes/own.yaml").write_text(

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,24 @@ Job = Callable[..., Result]
 pytestmark = pytest.mark.usefixtures("quiet")
 
 
+#: Without it the long form does not begin; here the other backends are tried all the same.
+DEEPSPEED = find_spec("deepspeed") is not None
+
+
 def test_places_policies_and_backends(tmp_path: Path) -> None:
-    chosen = cases(16, seed=10)
+    chosen = cases(16, seed=10, deepspeed=DEEPSPEED)
     assert {case.policy for case in chosen} == {"stop", "skip", "rollback", "ignore"}
     found = run_all(chosen, tmp_path, timeout=100)
     assert {str(case): wrong for case, wrong in zip(chosen, found, strict=True) if wrong} == {}
+
+
+@pytest.mark.skipif(not DEEPSPEED, reason="deepspeed is not installed: G10 is tried without its stages")
+def test_deepspeed_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {case.backend for case in cases(16, seed=10)} > {f"deepspeed-z{stage}" for stage in range(4)}
+    monkeypatch.setattr("guarantees.cases_g10.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="deepspeed is not installed"):
+        cases(240, seed=0)
+    assert not any("deepspeed" in case.backend for case in cases(100, seed=0, deepspeed=False))
 
 
 # --- beyond the table: what one process shows ------------------------------------------------------------------------

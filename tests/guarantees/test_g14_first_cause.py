@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from guarantees.cases_g14 import WRITE, Case, cases, run
+from guarantees.cases_g14 import WRITE, Case, run
+
+SHORT = [Case("model", 1, 2), Case("data", 1, 4), Case("kill", 0, 2), Case("system_exit", 0, 2), WRITE]
 
 
-@pytest.mark.parametrize("case", [*cases(4, seed=0), WRITE], ids=str)
+@pytest.mark.parametrize("case", SHORT, ids=str)
 def test_the_first_cause_is_told_last(case: Case, tmp_path: Path) -> None:
     assert run(case, tmp_path) is None

@@ -11,7 +11,7 @@ from runner.recipe.redact import REDACTED, redact, redact_text
 #: In the suite those that go different ways; all of them in the long form.
 SHORT = (
     "a nested list", "a variable inside of a text", "a URL on the command line", "the difference of a file",
-    "an exception of a process",
+    "an exception by the command line",
 )  # fmt: skip
 
 
@@ -23,6 +23,8 @@ def test_a_secret_stays_where_it_was_written(case, tmp_path):
 def test_the_short_form_names_cases():
     assert set(SHORT) <= {case.name for case in cases_g24.CASES}
     assert len(cases_g24.CASES) >= 10
+    # Both what the user typed and what a program starts by itself.
+    assert any(case.started and case.words for case in cases_g24.CASES if case.name in SHORT)
 
 
 @pytest.mark.parametrize(

@@ -62,13 +62,51 @@ class Trouble(Hook):
 
 
 class Slow(Hook):
-    """Steps that take a while."""
+    """Steps that take a while: all of them, or one in one process."""
 
-    def __init__(self, seconds: float = 0.1) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float = 0.1, rank: int | None = None, step: int | None = None) -> None:
+        self.seconds, self.rank, self.step = seconds, rank, step
 
     def on_step_end(self, run: Run) -> None:
-        time.sleep(self.seconds)
+        if self.step in (None, run.progress.step) and self.rank in (None, distributed.rank()):
+            time.sleep(self.seconds)
+
+
+def moment() -> str:
+    """What goes slowly for now: a word in a file, so that the same command goes quickly once that is removed."""
+    try:
+        return Path("moment").read_text()
+    except FileNotFoundError:
+        return ""
+
+
+class Moments(Hook):
+    """Steps and saves that take a while as long as there is a `moment`, and some that hardly end (`asleep`)."""
+
+    def on_run_start(self, run: Run) -> None:
+        from runner.checkpoint import storage
+
+        write = storage._write_file
+
+        def late(*arguments: Any) -> Any:
+            if moment() == "save":
+                time.sleep(0.3)
+            if moment() == "second_save":
+                asleep()
+            return write(*arguments)
+
+        storage._write_file = late
+
+    def on_step_end(self, run: Run) -> None:
+        if moment():
+            time.sleep(0.1)
+        if moment() == "second" and run.progress.step == 6 and distributed.rank() == 0:
+            asleep()
+
+
+def asleep() -> None:
+    Path("began").touch()
+    time.sleep(30)
 
 
 class LateSave(Hook):
@@ -106,19 +144,22 @@ class SlowSave(Hook):
 
 
 class Data(torch.utils.data.Dataset[Any]):
-    """A sample that never comes, or that raises: in a data worker, or anywhere outside of the checks of a start."""
+    """A sample that never comes, comes late, or raises: in a data worker, or outside of the checks of a start."""
 
-    def __init__(self, what: str, at: int = 100, count: int = 256) -> None:
+    def __init__(self, what: str, at: int = 100, count: int = 256, seconds: float = 0.0) -> None:
         self.of, self.what, self.at = separable_classification(count, 16, 4, seed=0), what, at
-        self.asked = 0
+        self.seconds = seconds
 
     def __len__(self) -> int:
         return len(self.of)
 
     def __getitem__(self, index: int) -> Any:
-        self.asked += 1
         worker = torch.utils.data.get_worker_info() is not None
-        if index == self.at and (worker or self.what == "error"):
+        if index == self.at and self.what == "late":
+            time.sleep(self.seconds)
+        elif index == self.at and self.what == "moment":
+            time.sleep(600 if worker and moment() else 0)
+        elif index == self.at and (worker or self.what == "error"):
             make(self.what)
         return self.of[index]
 
@@ -147,3 +188,19 @@ class Task(Classification):
         if self.calls == 3 and distributed.rank() == self.rank:
             make("error")
         return super().loss(outputs, batch)
+
+
+class SlowTask(Classification):
+    """Evaluations that take a while: the first batches in one process, or all as long as the `moment` says so."""
+
+    def __init__(self, num_classes: int, seconds: float = 0.0, calls: int = 0, rank: int = 0) -> None:
+        super().__init__(num_classes)
+        self.seconds, self.calls, self.rank = seconds, calls, rank
+
+    def metrics(self, outputs: Any, batch: Any) -> Any:
+        self.calls -= 1
+        if self.calls >= 0 and distributed.rank() == self.rank:
+            time.sleep(self.seconds)
+        if moment() == "evaluation":
+            time.sleep(0.1)
+        return super().metrics(outputs, batch)

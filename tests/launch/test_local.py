@@ -184,6 +184,34 @@ def test_a_signal_at_the_start_is_not_lost(start: Start, delay: float) -> None:
     assert done.seconds < 10
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_to_a_process_that_cannot_hear_it(start: Start, number: signal.Signals, code: int) -> None:
+    parent = start(2, do="deaf")
+    parent.wait_for("ready")
+    pids = [int((parent.folder / f"pid_{rank}").read_text()) for rank in range(2)]
+    os.kill(pids[0], number)
+    os.kill(pids[1], number)  # the same, as a scheduler sends it
+    time.sleep(1)
+    assert parent.process.poll() is None
+    before = time.monotonic()
+    os.kill(pids[1], number)
+    done = parent.end()
+    assert (done.code, done.err) == (code, "")
+    assert time.monotonic() - before < 3
+    assert parent.left() == []
+
+
+def test_who_hears_no_signal_before_the_training_is_not_waited_for(start: Start) -> None:
+    parent = start(2, **{"0": "deaf", "1": "end_in_order"})
+    parent.wait_for("ready")
+    before = time.monotonic()
+    os.kill(int((parent.folder / "pid_1").read_text()), signal.SIGTERM)
+    done = parent.end(60)
+    assert (done.code, done.err) == (75, "")
+    assert time.monotonic() - before < 5
+    assert parent.left() == []
+
+
 def test_those_that_save_get_time(start: Start) -> None:
     parent = start(2, **{"0": "save_slowly", "1": "preempted"})
     done = parent.end()

@@ -14,7 +14,9 @@ from typing import Any
 from runner.distributed import Ranks
 from runner.errors import InputError as WrongInput
 from runner.errors import Problem, TrainingStopped
+from runner.heartbeat import SAVING, Heartbeat
 from runner.launch.failure import record, redirect
+from runner.launch.report import BEAT, Report, file_of
 from runner.launch.worker import WorkPlan
 
 
@@ -125,9 +127,13 @@ def deaf(plan: WorkPlan, ranks: Ranks) -> None:
 
 
 def save_slowly(plan: WorkPlan, ranks: Ranks) -> int:
+    Heartbeat(Report(plan.report or "").path(file_of(ranks.rank, BEAT))).beat(SAVING, 1)
+    Path(plan.directory, "saves").touch()
     time.sleep(4)
     return 75
 
 
 def preempted(plan: WorkPlan, ranks: Ranks) -> int:
+    while not Path(plan.directory, "saves").exists():
+        time.sleep(0.01)
     return 75
