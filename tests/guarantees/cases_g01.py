@@ -59,7 +59,7 @@ def cases(count: int, seed: int) -> list[Case]:
                 rank,
                 draw.random(),
             )
-            for rank in draw.sample((0, 1, 0, 1), draw.choice((1, 1, 2, 3)))
+            for rank in draw.sample((0, 1, 0, 1), draw.choice((1, 1, 1, 2, 3)))
         ]
         # By the clock a kill may hit what comes after the last save, and then there is nothing left for another.
         kills.sort(key=lambda kill: kill.moment == "any")
