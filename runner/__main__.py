@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from runner import __version__
+from runner import __version__, garbage
 from runner.console import say
 from runner.errors import InputError, RunnerError
 from runner.launch.environment import Environment
@@ -20,9 +20,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit code: 0 done, 1 failed, 2 wrong input, 75 or 130 interrupted."""
     started = time.time()
     early = leave_on_signals()
+    garbage.seldom()
     try:
         return _run(arguments, started)
     finally:
+        garbage.released()
         for number, handler in early.items():
             signal.signal(number, handler)
 

@@ -175,7 +175,8 @@ def leave(*, together: bool = True) -> None:
     A process group that goes down while objects still use it aborts the process now and then. Without `together`
     (after an error) nobody is waited for, and the group is left to the end of the process.
     """
-    gc.collect()
+    if joined():
+        gc.collect()
     if together and joined():
         barrier()
         sys.modules["torch.distributed"].destroy_process_group()

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from runner import console, distributed
+from runner import console, distributed, garbage
 from runner.assemble import Parts, assemble, check, check_metrics, needs_group
 from runner.data.main import Remote
 from runner.debugging import CollectiveWatch, explain, standing
@@ -188,6 +188,7 @@ def _in_folder(plan: WorkPlan, parts: Parts, place: Place, ranks: Ranks, signals
         else:
             watchdog = _watchdog(run, plan, ranks).start()
         signals.run = run
+        garbage.as_ever()
         train(run)
         return _ended(run, plan)
     except InputError as error:

@@ -20,7 +20,7 @@ FLOORS = {
     **dict.fromkeys(
         [
             *["errors", "distributed", "collectives", "debugging", "places", "keyed", "folder", "console", "signals"],
-            *["heartbeat", "shares"],
+            *["heartbeat", "shares", "garbage"],
         ],
         1,
     ),

@@ -136,9 +136,10 @@ def work(plan: WorkPlan | None, ranks: Ranks) -> int:
 
     A parent that waits for records (`plan.report`) shows them itself.
     """
-    from runner import console, distributed
+    from runner import console, distributed, garbage
     from runner.job import work as do
 
+    garbage.imported()
     store = None
     if ranks.world_size > 1:
         store = distributed.store(ranks)

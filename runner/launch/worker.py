@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from runner import garbage
 from runner.distributed import Ranks
 from runner.errors import Elsewhere, InputError, RunnerError
 from runner.launch.environment import Environment
@@ -92,6 +93,7 @@ def command(work: str, plan: Path, **options: int | None) -> list[str]:
 
 def main(arguments: list[str]) -> NoReturn:
     """Runs the entry point and ends this process with its exit code."""
+    garbage.seldom()
     parser = argparse.ArgumentParser(prog="runner.launch.worker")
     parser.add_argument("work")
     parser.add_argument("plan", type=Path)
