@@ -20,6 +20,9 @@ NOTHING_TO_SAVE = "nothing to save; the same command starts again"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 #: One signal for all processes of a job comes to each of them twice: from who sent it, and handed on by a parent.
 TWICE = 0.5
+#: Closer together than anybody presses a key, two of a kind are one as well: a scheduler's to all processes of a job,
+#: and the same from the job's script.
+SAME = 0.1
 #: Within this time the system has told of the end of a data worker whose connection broke.
 _TOLD = 1.0
 
@@ -96,7 +99,8 @@ class Signals:
         if os.getpid() != self._process:
             return  # a process that was forked with this handler: the training process decides when it ends
         if self.received is not None:
-            if self.handed_on and time.monotonic() - self._when < TWICE:
+            same = TWICE if self.handed_on else SAME if number == self.received else 0.0
+            if time.monotonic() - self._when < same:
                 return
             os._exit(at_once(number))
         self.received, self._when = number, time.monotonic()

@@ -26,7 +26,7 @@ from runner.launch.failure import Failure, capture, failures, said, show, told_r
 from runner.launch.report import BEAT, OUTPUT, PLAN, STACKS, Report, file_of, files_allowed, temporary
 from runner.launch.watch import LOOK, View, Watch
 from runner.launch.worker import WorkPlan, command
-from runner.signals import INTERRUPTED, PREEMPTED, SIGNALS, TWICE, at_once, exit_code, heard
+from runner.signals import INTERRUPTED, PREEMPTED, SAME, SIGNALS, TWICE, at_once, exit_code, heard
 
 #: Seconds for the others once a process has failed, and once one has ended after a signal: they are saving as well, or
 #: end at once where there is nothing to save yet. One that joins the group then hears of no signal, and waits on.
@@ -122,7 +122,7 @@ class Heard:
         if self.received is None:
             self.received, self._when = number, time.monotonic()
             self.forward(number, None)
-        elif time.monotonic() - self._of_child > TWICE:
+        elif time.monotonic() - self._of_child > TWICE and not self._same(number):
             self._leave(number)
 
     def by_child(self, number: int, rank: int) -> None:
@@ -133,6 +133,9 @@ class Heard:
             self.forward(number, rank)
         elif time.monotonic() - self._when > TWICE:
             self._leave(number)
+
+    def _same(self, number: int) -> bool:
+        return number == self.received and time.monotonic() - self._when < SAME
 
     def _leave(self, number: int) -> None:
         self.left = at_once(number)

@@ -144,6 +144,8 @@ def _finish(run: Run) -> None:
         evaluate_now(run)
     if run.saved_at != run.progress.step or run.saving_asked:
         save_now(run, last=True)
+    elif run.checkpointer is not None and run.progress.step == run.first_step:
+        run.checkpointer.prune()  # who saved this step was killed before that came to it
     _tell_saved(run, saving.landed(run, wait=True, last=True))  # where a signal came while it was being written
     run.heartbeat.beat(ENDING, run.progress.step)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +37,20 @@ def test_a_refused_start_leaves_the_run_as_it_was(cli: Cli, tmp_path: Path, word
     assert cli("+recipe=smoke", "run_dir=r", "train.steps=8", *words) == 2
     assert contents(tmp_path / "r") == before
     assert cli("+recipe=smoke", "run_dir=r", "train.steps=8") == 0
+
+
+def test_a_run_killed_between_its_last_save_and_what_that_removes(cli: Cli, tmp_path: Path) -> None:
+    words = ["+recipe=smoke", "run_dir=r", "checkpoint={every: {steps: 2}, keep: 2}"]
+    checkpoints = tmp_path / "r" / "checkpoints"
+    assert cli(*words, "train.steps=4") == 0
+    shutil.copytree(checkpoints / "step_00000002", tmp_path / "kept")
+    assert cli(*words, "train.steps=6") == 0
+    told = json.loads((tmp_path / "r" / "summary.json").read_text())["metrics"]
+    (tmp_path / "kept").rename(checkpoints / "step_00000002")
+    (tmp_path / "r" / "summary.json").unlink()
+    assert cli(*words, "train.steps=6") == 0
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000004", "step_00000006"]
+    assert json.loads((tmp_path / "r" / "summary.json").read_text())["metrics"] == told
 
 
 @pytest.mark.parametrize(

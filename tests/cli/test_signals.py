@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -83,3 +84,31 @@ def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=10)
     assert process.returncode == 143, output
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_that_comes_on_two_ways_is_one(tmp_path: Path, processes: int) -> None:
+    """As of a scheduler that sends it to all processes of a job, of which a script hands it on."""
+    (tmp_path / "slow.py").write_text(
+        "import os, time\n"
+        "from runner import distributed\n"
+        "from runner.train.hook import Hook\n"
+        "class Slow(Hook):\n"
+        "    def on_step_end(self, run):\n"
+        "        with open(f'pid_{distributed.rank()}', 'w') as file:\n"
+        "            file.write(str(os.getpid()))\n"
+        "        for _ in range(100):\n"
+        "            time.sleep(0.01)\n"
+    )
+    words = ["backend=ddp", f"launch.nproc_per_node={processes}"] if processes > 1 else []
+    process = _start(tmp_path, "run_dir=r", "hooks.slow={_target_: slow.Slow}", *words)
+    _wait_for_steps(tmp_path / "r", 2, process)
+    pids = {process.pid, *(int((tmp_path / f"pid_{rank}").read_text()) for rank in range(processes))}
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+    time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 75, output
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert Path(summary["checkpoint"]).name == f"step_{summary['steps']:08d}"

@@ -260,10 +260,12 @@ def order(kill: Kill, done: int, known: Known, world: int) -> dict[str, Any] | N
     }
 
 
-def wait_for(kill: Kill, home: Home, process: subprocess.Popen[bytes], known: Known, done: int) -> str | None:
+def wait_for(
+    kill: Kill, home: Home, process: subprocess.Popen[bytes], known: Known, done: int, rank: int | None
+) -> str | None:
     """Waits for the moment of a kill; in words what the run is at now. None where it ended before the time came.
 
-    But for kills by the clock, a process has halted in this very moment and stays there, so the kill lands in it.
+    But for kills by the clock, process `rank` has halted in this very moment and stays there, so the kill lands in it.
     Raises Violated where none has, and where the run's files do not say so too.
     """
     began = time.monotonic()
@@ -274,21 +276,24 @@ def wait_for(kill: Kill, home: Home, process: subprocess.Popen[bytes], known: Kn
         if kill.moment == "start":
             home.halted()
         return _state(home.run) if alive else None
-    while (at := home.halted()) is None or not _shows(kill.moment, at, home.run):
+    while (at := home.halted()) is None or not _shows(kill.moment, at, home.run, rank):
         if process.poll() is not None or time.monotonic() > began + ENDED:
             raise Violated(f"no {kill.moment} was seen: halted at {at!r}, {_state(home.run)}\n{home.said()}")
         time.sleep(0.002)
     _still(process, time.monotonic() + kill.delay)
-    if home.halted() != at or not _shows(kill.moment, at, home.run):
+    if home.halted() != at or not _shows(kill.moment, at, home.run, rank):
         raise Violated(f"the {kill.moment} went on although a process had halted in it: {_state(home.run)}")
     return at or _state(home.run)
 
 
-def _shows(moment: str, at: str, run: Path) -> bool:
+def _shows(moment: str, at: str, run: Path, rank: int | None) -> bool:
     """Whether the files of a run say that it is at a moment: a folder that is not whole, or its state."""
     if moment in ("save", "prune"):
         return (run / "checkpoints" / at).is_dir()
-    return _state(run) == {"step": "running", "evaluation": "evaluating"}[moment]
+    states = {"step": {"running"}, "evaluation": {"evaluating"}}[moment]
+    if moment == "step" and rank:
+        states |= {"evaluating", "saving"}  # the state is the first process's, which may be at the end of this step
+    return _state(run) in states
 
 
 def _state(run: Path) -> str:
@@ -316,7 +321,7 @@ def _done(run: Path) -> int:
 
 
 def hit(kill: Kill, home: Home, process: subprocess.Popen[bytes]) -> str:
-    """Kills, and returns whom."""
+    """Kills, and returns whom, once those are dead; without a parent its ranks are, in this moment."""
     living = home.living()
     home.seen.update(living)
     ranks = home.ranks(living)
@@ -330,7 +335,18 @@ def hit(kill: Kill, home: Home, process: subprocess.Popen[bytes]) -> str:
     for pid in victims.values():
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    dying = {*victims.values(), *(ranks.values() if kill.target == "parent" else ())}
+    until = time.monotonic() + 1.0
+    while any(_lives(pid) for pid in dying) and time.monotonic() < until:
+        time.sleep(0.001)
     return ", ".join(victims)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def gone(home: Home, process: subprocess.Popen[bytes], whom: str) -> float:
@@ -507,7 +523,7 @@ def survive(start: Start, kills: Sequence[Kill], folder: Path, expected: Outcome
                 if (place := order(kill, done, known, start.world)) is not None:
                     home.halt(place)
                 process = home.begin(start)
-                if (at := wait_for(kill, home, process, known, done)) is None:
+                if (at := wait_for(kill, home, process, known, done, place and place["rank"])) is None:
                     if (code := process.wait(ENDED)) != 0:
                         raise Violated(f"exit code {code} without a kill\n{home.said()}")
                     raise Missed(number)
