@@ -192,46 +192,6 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
 
-def in_worker(number: int = 0) -> None:
-    """To be called first in a data worker (`worker_init_fn`): it ends with its training process, and by it alone."""
-    for each in SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
-    for each in (signal.SIGTSTP, signal.SIGCONT):
-        if signal.getsignal(each) == signal.SIG_DFL:
-            signal.signal(each, signal.SIG_DFL)  # the training process's watchdog has an ear for them (launch.watch)
-    _nameless_sockets()
-    parent = multiprocessing.parent_process()
-    if parent is not None and parent.pid is not None:
-        end_with(parent.pid)
-
-
-def _nameless_sockets() -> None:
-    """Lets the socket over which tensors leave this process have no place in a folder, where the system can.
-
-    Python gives it one in the temporary folder: it stays there when the process is killed, and in a folder with a long
-    name (a socket's may have 107 bytes) the worker fails in a thread of its own, and its training waits for ever.
-    Only this socket, for which both sides prove that they know the processes' secret: those that trust whoever may
-    open their file (a forkserver's, CVE-2022-42919) keep it.
-    """
-    if sys.platform != "linux":
-        return
-    from multiprocessing import connection, resource_sharer
-
-    sharer: Any = resource_sharer._ResourceSharer  # type: ignore[attr-defined]
-    begin = sharer._start
-
-    def begin_nameless(self: Any) -> None:
-        named = connection.arbitrary_address  # type: ignore[attr-defined]
-        # Names are those of a network, in which other processes may have this one's number.
-        connection.arbitrary_address = lambda family: f"\0runner-{os.urandom(16).hex()}"  # type: ignore[attr-defined]
-        try:
-            begin(self)
-        finally:
-            connection.arbitrary_address = named  # type: ignore[attr-defined]
-
-    sharer._start = begin_nameless
-
-
 def end_workers() -> None:
     """Ends the data workers of this process at once: a busy one would be waited for, and they hear no signal."""
     children = [child for child in multiprocessing.active_children() if child.daemon]

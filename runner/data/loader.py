@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from runner.data.collate import Collate, collate
 from runner.data.draws import Draws, Seeding
 from runner.data.order import Order
+from runner.data.worker import in_worker
 from runner.errors import InputError, Problem, wrong
-from runner.signals import awaited, in_worker
+from runner.signals import awaited
 
 
 class StepBatches(NamedTuple):

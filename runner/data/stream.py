@@ -28,8 +28,8 @@ from runner.data.loader import (
     shares,
     to_device,
 )
+from runner.data.worker import in_worker
 from runner.errors import Follows, InputError, wrong
-from runner.signals import in_worker
 
 _log = logging.getLogger("runner")
 
