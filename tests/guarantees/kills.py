@@ -44,8 +44,9 @@ CELLS = [f"{backend}-{precision}" for backend in BACKENDS for precision in PRECI
 MOMENTS = ("start", "step", "save", "prune", "evaluation", "any")
 TARGETS = ("rank", "all", "parent")
 
-#: Seconds after a kill at which nothing may be left, and in which a run must end.
-GONE, ENDED = 10.0, 120.0
+#: Seconds after a kill at which nothing may be left, in which a run must end, and that count as a hang: it tells of the
+#: stacks then.
+GONE, ENDED, HANGS = 10.0, 120.0, 60
 
 #: What differs between two runs of the same: clocks.
 _CLOCKS = {"time", "samples_per_second", "tokens_per_second", "seconds", "steps_per_second"}
@@ -125,10 +126,10 @@ class Home:
             "XDG_CACHE_HOME": str(self.path / "cache"),
             "KILLED_RUN": self.mark,
         }
-        words = [sys.executable, "-m", "runner", "+recipe=rich", "run_dir=run", "device=cpu", "launch.threads=1"]
+        words = ["+recipe=rich", "run_dir=run", "device=cpu", "launch.threads=1", f"launch.timeout={HANGS}"]
         with (self.path / "said").open("ab") as said:
             return subprocess.Popen(
-                [*words, *start.words],
+                [sys.executable, "-m", "runner", *words, *start.words],
                 cwd=self.path,
                 env=variables,
                 stdin=subprocess.DEVNULL,
