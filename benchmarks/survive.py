@@ -94,7 +94,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, default=Path("survive.jsonl"), help="file that results are added to")
     parser.add_argument("--any-code", action="store_true", help="go on with results of other code; do not ask which")
     parser.add_argument("--table", action="store_true", help="print the table of what is there, and run nothing")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/guarantees.md")
+    parser.add_argument("--write", action="store_true", help="renew the rows of docs/guarantees.md")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -525,12 +525,18 @@ def table(rows: list[list[dict[str, Any]]]) -> Iterator[str]:
 
 
 def write(lines: list[str]) -> None:
-    """Replaces the table in docs/guarantees.md."""
+    """Renews the table in docs/guarantees.md; rows stay whose results are in another file."""
     before, _, rest = TABLE.read_text().partition(BEGIN)
-    _, found, after = rest.partition(END)
+    there, found, after = rest.partition(END)
     if not found:
         raise SystemExit(f"{TABLE} has no {BEGIN} … {END}")
-    TABLE.write_text("\n".join([f"{before}{BEGIN}", *lines, f"{END}{after}"]))
+    head, rows = lines[:2], {_name(line): line for line in [*there.strip().splitlines()[2:], *lines[2:]]}
+    TABLE.write_text("\n".join([f"{before}{BEGIN}", *head, *(rows[name] for name in sorted(rows)), f"{END}{after}"]))
+
+
+def _name(row: str) -> int:
+    """The number of a row's guarantee."""
+    return int(row.split("|")[1].strip().removeprefix("G"))
 
 
 def machine() -> str:

@@ -54,6 +54,16 @@ def test_a_row_is_of_one_state_and_hides_nothing_newer(
     assert ("g03: 1 of 3 cases did not hold with the code as it is now" in out) == bool(code)
 
 
+def test_writing_keeps_the_rows_of_other_results(survive: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "page.md"
+    monkeypatch.setattr(survive, "TABLE", page)
+    head = ["| | guarantee |", "|---|---|"]
+    page.write_text("\n".join(["before", survive.BEGIN, *head, "| G3 | old |", "| G10 | old |", survive.END, "after"]))
+    survive.write([*head, "| G3 | new |", "| G4 | new |"])
+    rows = ["| G3 | new |", "| G4 | new |", "| G10 | old |"]
+    assert page.read_text().split("\n") == ["before", survive.BEGIN, *head, *rows, survive.END, "after"]
+
+
 # --- starts, with guarantees that are made up -------------------------------------------------------------------------
 
 MADE_UP = {
