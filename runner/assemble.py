@@ -47,7 +47,7 @@ Config = Mapping[str, Any]
 _LATE = {"_total_steps_": "steps", "_steps_per_epoch_": "steps_per_epoch"}
 
 #: State that may be missing in a checkpoint or left over in it: hooks and trackers come and go.
-OPTIONAL = ("hooks.*", "trackers.*")
+OPTIONAL = ("hooks.*", "trackers.*", "buckets")
 
 _log = logging.getLogger("runner")
 
@@ -367,6 +367,7 @@ def assemble(
     stateful = {name: item for name, item in hooks.items() if hasattr(item, "state_dict")}
     state = {
         **engine.state(),
+        **engine.backend.extras(),
         "scheduler": schedule,
         "progress": progress,
         **({"data": train_data} if isinstance(train_data.order, StreamOrder) else {}),
@@ -378,6 +379,8 @@ def assemble(
     if resume is not None:
         loader = checkpointer or Checkpointer(folder.path / "checkpoints", state, optional=OPTIONAL)
         loader.load(resume, convert=True)
+        if engine.mesh.data_size > 1 and (why := engine.backend.forgets()) is not None:
+            _log.warning("the last digits will not be those of a run that was not interrupted: %s", why)
         schedule.catch_up(progress.step - progress.skipped)
     return Run(
         name=config["name"],

@@ -958,7 +958,8 @@ class Engine:
         named = self._held.named(self._backend.scaler)
         if (own := self._backend.kept()) is not None:
             named |= {"model_0": own["model"], "optimizer_0": own["optimizer"], "scaler": own["scaler"]}
-            named["random"] = named.pop("random")
+        named |= self._backend.extras()
+        named["random"] = named.pop("random")
         return named
 
     # --- records -----------------------------------------------------------------------------------------------------

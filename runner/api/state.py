@@ -79,7 +79,7 @@ def save(folder: Path, state: Mapping[str, Any], step: int, keep: int) -> Path:
 def load(folder: Path, state: Mapping[str, Any]) -> Path:
     """Loads the latest checkpoint of `folder`, or the one that it is."""
     path = _latest(folder) or find(folder, "load_state")
-    Checkpointer(path.parent, state, optional=["records"], reads_only=True).load(path, convert=True)
+    Checkpointer(path.parent, state, optional=["records", "buckets"], reads_only=True).load(path, convert=True)
     return path
 
 

@@ -98,7 +98,7 @@ class Manifest:
             _block("tensors", {name: _described(entry) for name, entry in sorted(self.tensors.items())}),
         ]
         data = sealed(("{\n" + ",\n".join(lines) + ",\n").encode())
-        if (why := _too_much(data)) is not None:
+        if (why := too_much(data)) is not None:
             raise RunnerError(f"cannot save so many tensors: {NAME} {why}")
         return data
 
@@ -201,7 +201,7 @@ def read_bounded(folder: Path, name: str) -> bytes:
 
 def parsed(data: bytes, folder: Path, name: str) -> Any:
     """What JSON says. Raises Damaged, within bounded time and memory, where it is none."""
-    if (why := _too_much(data)) is not None:
+    if (why := too_much(data)) is not None:
         raise Damaged(folder, f"{name} {why}")
     try:
         # As text: given bytes, the library guesses an encoding, and imports it.
@@ -210,7 +210,8 @@ def parsed(data: bytes, folder: Path, name: str) -> Any:
         raise Damaged(folder, f"{name} cannot be read ({_shown(error)})") from error
 
 
-def _too_much(data: bytes) -> str | None:
+def too_much(data: bytes) -> str | None:
+    """Why no reader takes a document of JSON, if so."""
     if len(data) > MOST_BYTES:
         return f"has {len(data):,} bytes; no checkpoint has more than {MOST_BYTES:,} there"
     if (count := data.count(b"{") + data.count(b"[")) > MOST_BRACKETS:

@@ -39,7 +39,7 @@ from torch.futures import Future
 from runner import distributed
 from runner.checkpoint import store
 from runner.checkpoint.failure import Failure, SaveFailed, first, free_bytes
-from runner.checkpoint.manifest import Chunk, Damaged, Entry, File, Manifest
+from runner.checkpoint.manifest import Chunk, Damaged, Entry, File, Manifest, too_much
 from runner.checkpoint.peers import Peers
 from runner.checkpoint.synced import sync_folder, synced_file
 from runner.checkpoint.tensor_file import SUFFIX, TYPES, Piece, size_of, type_name, write_file
@@ -113,7 +113,7 @@ def _lead(path: Path, part: Part, draft: Manifest, documents: Documents, peers: 
             planner = _planner()
             planner.set_up_planner({}, is_coordinator=True)
             plans, metadata = planner.create_global_plan(plans)
-            texts = {name: _encoded(document) for name, document in documents.items()}
+            texts = {name: _text(name, document) for name, document in documents.items()}
             needed = _needed(plans, draft, texts)
             staging = store.begin(path)
             _check_space(staging, needed)
@@ -223,6 +223,16 @@ def _memory(planner: SavePlanner, item: WriteItem) -> Tensor:
     if item.tensor_data is None or not isinstance(tensor, Tensor):
         raise RuntimeError(f"{item.index.fqn} is not a tensor; DCP would pickle it")
     return tensor.detach()
+
+
+def _text(name: str, document: Mapping[str, Any]) -> bytes:
+    """A document as it is written. Raises RunnerError, naming the largest part, where no reader would take so much."""
+    text = _encoded(document)
+    if (why := too_much(text)) is not None:
+        parts = document.get("state", document)
+        most = max(parts, key=lambda part: len(_encoded(parts[part])))
+        raise RunnerError(f"{name} {why}; most of it is the state of {most}: keep so many numbers in a tensor")
+    return text
 
 
 def _encoded(document: Any) -> bytes:

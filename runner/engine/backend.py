@@ -147,6 +147,14 @@ class Backend(ABC):
     def state(self) -> Mapping[str, Any]:
         """Stateful objects by name (model, optimizer, scaler), keyed by parameter name inside."""
 
+    def extras(self) -> Mapping[str, Any]:
+        """Further stateful objects by name, which a checkpoint of another backend lacks."""
+        return {}
+
+    def forgets(self) -> str | None:
+        """Why several processes that go on from a checkpoint do not have the bits of those that were not stopped."""
+        return None
+
     def kept(self) -> Mapping[str, Any] | None:
         """`state()` of the one model that was adopted with its optimizer, where they cannot tell it themselves."""
         return None

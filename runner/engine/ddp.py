@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from runner.engine.bucket_order import BucketOrder
 from runner.engine.mesh import Mesh
 from runner.engine.precision import Precision
 from runner.engine.single import Single
@@ -59,6 +61,9 @@ class DDP(Single):
         self._learnt = False
         #: Models whose first backward has shown that every parameter gets a gradient.
         self._seen: set[int] = set()
+        #: A static graph has buckets of its own; where parameters may be unused, they stay as they are.
+        self._lays_by_arrival = not (static_graph or find_unused_parameters)
+        self._order = BucketOrder()
 
     def place(self, model: nn.Module) -> nn.Module:
         if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -70,6 +75,8 @@ class DDP(Single):
         wrapped = nn.parallel.DistributedDataParallel(model, device_ids=devices, **self._options)
         self._register(wrapped)
         self._wrapped.append(wrapped)
+        if self._lays_by_arrival:
+            self._order.add(wrapped)
         return wrapped
 
     def _register(self, model: nn.parallel.DistributedDataParallel) -> None:
@@ -110,6 +117,8 @@ class DDP(Single):
                     model.reducer.prepare_for_backward(outputs)
         self._kept_a_graph = self._kept_a_graph or bool(options.get("retain_graph") or options.get("create_graph"))
         share = super().backward(loss, factor, **options)
+        if self._order.listens:
+            self._order.came()
         for model in self._wrapped:
             if id(model) not in self._seen and model.require_backward_grad_sync:
                 self._all_used(model)
@@ -130,9 +139,22 @@ class DDP(Single):
 
     def discard(self) -> None:
         super().discard()
+        self._order.discard()
         for model in self._wrapped:
             # Processes that broke off at different places must agree on sending buffers.
             model.require_forward_param_sync = True
+
+    def extras(self) -> Mapping[str, Any]:
+        return {"buckets": self._order}
+
+    def forgets(self) -> str | None:
+        if self._comm_hook == "powersgd":
+            return "with backend.comm_hook=powersgd each process keeps what it has not sent yet to itself"
+        if self._options["static_graph"]:
+            return "with backend.static_graph=true the first step of a process sends its gradients in another way"
+        if self._order.unknown:
+            return "where gradients are sparse, or parameters have hooks, buckets are filled in another order at first"
+        return None
 
     def describe(self) -> list[str]:
         count = sum(1 for model in self._wrapped for p in model.parameters() if p.requires_grad)

@@ -92,11 +92,19 @@ class Schedule:
         return type(self._scheduler).__name__
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes what was saved, but for what the configuration now sets otherwise."""
+        """Takes what was saved, but for what the configuration now sets otherwise.
+
+        Where options differ, such as the length of a curve when a run is extended, the rate is the one to which the
+        same number of steps would have led with the new ones: torch's schedulers go on from the rate before, which
+        is on the old curve, and at its end is 0.
+        """
         scheduler = self._scheduler
         self._new = scheduler is not None and (not state or state.get("kind", self._kind) != self._kind)
         if scheduler is None or self._new:
             return
+        if self._plateau is None and not isinstance(scheduler, LambdaLR):
+            if _changed(self._configured, state["configured"]):
+                return self._go_to(scheduler, _steps(state["now"]))
         live = scheduler.state_dict()
         scheduler.load_state_dict(_merged(live, self._configured, state["configured"], state["now"]))
         if isinstance(scheduler, LambdaLR):
@@ -112,6 +120,10 @@ class Schedule:
         if scheduler is None or not self._new:
             return
         self._new = False
+        self._go_to(scheduler, steps)
+
+    def _go_to(self, scheduler: LRScheduler, steps: int) -> None:
+        """Takes so many steps from the first rate on; the scheduler has not moved yet."""
         for group, rate in zip(scheduler.optimizer.param_groups, self._first, strict=True):
             group["lr"] = rate
         if self._plateau is not None:
@@ -141,6 +153,20 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list):
         return all(_is_plain(item) for item in value)
     return value is None or isinstance(value, bool | int | float | str)
+
+
+def _changed(now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
+    """Whether options of a scheduler, or of those inside it, differ; rates are the optimizer's options."""
+    inside, before = now.get(_INSIDE, []), then.get(_INSIDE, [])
+    if len(inside) != len(before) or any(map(_changed, inside, before)):
+        return True
+    keys = (now.keys() & then.keys()) - {_INSIDE, "base_lrs", "_last_lr"}
+    return any(now[key] != then[key] for key in keys)
+
+
+def _steps(state: Mapping[str, Any]) -> int:
+    """How many steps a scheduler had taken. One that chains others counts none itself."""
+    return int(state["last_epoch"]) if "last_epoch" in state else _steps(state[_INSIDE][0])
 
 
 def _merged(

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from runner.checkpoint import Checkpointer, SaveFailed, store
+from runner.checkpoint import Checkpointer, SaveFailed, manifest, store
 from runner.engine.model_state import ModelState, OptimizerState
 from runner.errors import InputError, RunnerError
 
@@ -143,6 +143,19 @@ def test_a_killed_save_is_no_checkpoint_and_is_swept(tmp_path: Path) -> None:
 
 
 # What does not fit ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", ["MOST_BYTES", "MOST_BRACKETS"])
+def test_what_no_reader_would_take_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    keeper = Box([[0]])
+    saver = Checkpointer(tmp_path, {"model": Box({"w": torch.ones(2)}), "hooks.keeper": keeper})
+    good = saver.save(1)
+    monkeypatch.setattr(manifest, limit, 1000)
+    keeper.state = [[number] for number in range(1200)]
+    with pytest.raises(SaveFailed, match="most of it is the state of hooks.keeper"):
+        saver.save(2)
+    assert saver.latest() == good
+    assert names(tmp_path) == [good.name]
 
 
 def refusal(load: Any) -> str:

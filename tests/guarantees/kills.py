@@ -39,6 +39,8 @@ PRECISIONS = {
     ),
 }
 CELLS = [f"{backend}-{precision}" for backend in BACKENDS for precision in PRECISIONS]
+#: From three processes on it matters where in a bucket a gradient lies.
+BACKENDS["ddp3"] = ("backend=ddp", "launch.nproc_per_node=3", "batch.global_size=18")
 
 #: The moments at which a run is killed, and whom a kill hits.
 MOMENTS = ("start", "step", "save", "prune", "evaluation", "any")

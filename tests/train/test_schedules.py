@@ -259,6 +259,46 @@ def test_options_of_torchs_schedulers_changed_on_purpose_apply_too() -> None:
     assert sgd.param_groups[0]["lr"] == pytest.approx(0.1)
 
 
+EXTENDED: dict[str, Callable[[Optimizer, int], Any]] = {
+    "cosine_annealing": lambda o, total: lr_scheduler.CosineAnnealingLR(o, total),
+    "polynomial": lambda o, total: lr_scheduler.PolynomialLR(o, total, 2.0),
+    "linear": lambda o, total: lr_scheduler.LinearLR(o, 1.0, 0.0, total),
+    "one_cycle": lambda o, total: lr_scheduler.OneCycleLR(o, 2.0, total_steps=total + 1),
+    "sequential": lambda o, total: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.1, 1.0, 4), lr_scheduler.CosineAnnealingLR(o, total - 4)], [4]
+    ),
+    "chained": lambda o, total: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.LinearLR(o, 0.1, 1.0, 4), lr_scheduler.CosineAnnealingLR(o, total)], o
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("at", [0, 1, 7, 20])
+@pytest.mark.parametrize("name", list(EXTENDED))
+def test_an_extended_run_has_the_rates_of_one_that_was_planned_so_long(name: str, at: int) -> None:
+    make = EXTENDED[name]
+    model = nn.Linear(2, 2)
+
+    def fresh(total: int) -> tuple[Optimizer, OptimizerState, Schedule]:
+        sgd = SGD(model.parameters(), lr=1.0, momentum=0.9)
+        return sgd, OptimizerState(model, sgd), Schedule(make(sgd, total))
+
+    _, before, schedule = fresh(20)
+    for _ in range(at):
+        schedule.step()
+    saved, counters = before.state_dict(), schedule.state_dict()
+    sgd, state, schedule = fresh(40)
+    state.load_state_dict(saved)
+    schedule.load_state_dict(counters)
+    schedule.catch_up(at)
+    found = [sgd.param_groups[0]["lr"]]
+    for _ in range(40 - at):
+        schedule.step()
+        found.append(sgd.param_groups[0]["lr"])
+    assert found == rates(lambda o: make(o, 40), 40)[at:]
+
+
 class Phases(lr_scheduler.LRScheduler):
     """A scheduler of the user's own, with a counter of its own."""
 
