@@ -555,7 +555,7 @@ def _schedule(config: Config, optimizer: torch.optim.Optimizer, plan: Plan) -> S
     target = build.find(spec["_target_"])
     late = {"total_steps": plan.steps, "steps_per_epoch": plan.steps_per_epoch}
     also = {name: value for name, value in late.items() if name not in spec and build.accepts(target, name)}
-    return Schedule(_constructed(spec, "scheduler", optimizer, **also), metric)
+    return Schedule(_constructed(spec, "scheduler", optimizer, **also), metric, plan.steps)
 
 
 def _hooks(config: Config, problems: list[Problem]) -> dict[str, Any]:

@@ -22,7 +22,9 @@ import yaml
 
 from runner import console, distributed, garbage
 from runner.assemble import Parts, assemble, check, check_metrics, needs_group
+from runner.data.loader import read_by
 from runner.data.main import Remote
+from runner.data.reading import AnyLoader
 from runner.debugging import CollectiveWatch, explain, standing
 from runner.distributed import ALONE, Ranks
 from runner.drift import one_for_all, setting
@@ -30,13 +32,14 @@ from runner.environment import describe_later
 from runner.errors import Elsewhere, InputError, RunnerError
 from runner.folder import Bystander, RunFolder, finite
 from runner.heartbeat import ENDING, Heartbeat
-from runner.launch.failure import Failure, is_secondary, record, redirect, show, tell_run, worded
+from runner.launch.failure import Failure, gone, is_secondary, raised_by, record, redirect, show, tell_run, worded
 from runner.launch.report import BEAT, Report, file_of
 from runner.launch.watch import START, Watchdog
 from runner.launch.worker import WorkPlan, leave
 from runner.places import make_importable
+from runner.recipe import links
 from runner.recipe.redact import redact, redact_command, secrets_of
-from runner.resume import Place, leave_behind, place_of
+from runner.resume import Place, earlier, leave_behind, place_of
 from runner.signals import NOTHING_TO_SAVE, Interrupted, Signals, end_workers, exit_code, handled
 from runner.train.loop import train
 from runner.train.run import Run
@@ -84,7 +87,7 @@ def work(plan: WorkPlan, ranks: Ranks = ALONE, store: Store | None = None) -> in
             stop = signals.cause(error)
             if not isinstance(stop, Interrupted):
                 raise
-            log.info("%s before the first step: %s", stop, NOTHING_TO_SAVE)
+            _say_interrupted(stop, plan, ranks)
             return stop.exit_code
         except SystemExit as error:
             log.error("something that the configuration names ended the program: SystemExit(%s)", error.code)
@@ -130,6 +133,17 @@ def _agreed(plan: WorkPlan, ranks: Ranks) -> tuple[Parts, Place]:
         raise
     assert place is not None
     return parts, place
+
+
+def _say_interrupted(stop: Interrupted, plan: WorkPlan, ranks: Ranks) -> None:
+    """What a signal before the first step means; after an earlier attempt there may be checkpoints."""
+    folder = earlier(plan, ranks)
+    if folder is None:
+        log.info("%s before the first step: %s", stop, NOTHING_TO_SAVE)
+        return
+    log.info("%s before the first step after a restart", stop)
+    if not plan.watched:  # else the parent says it
+        log.info("to go on: %s", _command(plan, _short(Path(folder), plan)))
 
 
 def _all_agree(refused: BaseException | None, begun: bool) -> None:
@@ -231,6 +245,9 @@ def _write_inputs(plan: WorkPlan, folder: RunFolder) -> None:
     with _must_be_written(folder.path / "config.yaml"):
         folder.write_text("config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120))
         folder.write_text("overrides.txt", _command(plan, None) + "\n")
+        meant = links.to_keep(config, plan.written, folder.path)
+        if meant or (folder.path / links.FILE).exists():
+            folder.write_json(links.FILE, meant)
 
 
 def _write_environment(folder: RunFolder, environment: Any, parts: Parts) -> None:
@@ -334,11 +351,22 @@ def _ended(run: Run, plan: WorkPlan) -> int:
 
 
 def _key_of(error: BaseException, run: Run) -> str | None:
-    """The key of the configuration whose object raised an error, by whose methods are in its traceback."""
+    """The key of the configuration whose object raised an error, by whose methods are in its traceback.
+
+    What a data worker met came by a loader, the traceback of the worker is a text. The end of a worker is told wherever
+    this process just is: it is known by its number alone.
+    """
     named = {id(hook): f"hooks.{name}" for name, hook in run.hooks.items()}
     named[id(run.task)] = "task"
     for data, key in ((run.train_data, "data.train"), (run.eval_data, "data.eval")):
         named[id(getattr(data, "dataset", None))] = key
+    named.pop(id(None), None)  # no data.eval, or data that the first process reads
+    if pids := gone(error):
+        return next((named[read] for pid in pids if (read := read_by(pid)) in named), None)
+    raised = raised_by(error)
+    loaders = tuple(str(Path("runner", "data", name)) for name in ("loader.py", "stream.py"))
+    ours = [frame.function for frame in raised.frames if frame.file.endswith(loaders)]
+    of_dataset = raised.afar and bool(ours) and ours[-1] not in ("_made", "_batch")  # these two call the collate
     found, trace = None, error.__traceback__
     while trace is not None:
         frame = trace.tb_frame
@@ -347,6 +375,8 @@ def _key_of(error: BaseException, run: Run) -> str | None:
             found = named[id(own)]
         elif isinstance(own, torch.nn.Module) and frame.f_code.co_name == "forward":
             found = "model"
+        elif of_dataset and isinstance(own, AnyLoader):
+            found = named.get(id(own.dataset), found)
         trace = trace.tb_next
     return found
 
@@ -381,6 +411,8 @@ def _failed(error: BaseException, run: Run | None, folder: RunFolder, plan: Work
     """
     step = 0 if run is None else run.progress.step
     if isinstance(error, Interrupted):
+        if run is None:
+            step = (folder.read_json("status.json") or {}).get("step", 0)  # an earlier start may have come further
         folder.state("interrupted", step=step, reason=str(error))
         raise error
     key = None if run is None or isinstance(error, RunnerError) else _key_of(error, run)
@@ -453,7 +485,8 @@ def _say_how_to_go_on(plan: WorkPlan, folder: RunFolder) -> None:
 
 
 def _command(plan: WorkPlan, run_dir: str | None) -> str:
-    words = [f"+{word}" if word.startswith("recipe=") else word for word in plan.command]
+    words = links.command(plan.command, plan.config, plan.written)
+    words = [f"+{word}" if word.startswith("recipe=") else word for word in words]
     if run_dir is not None and not any(word.lstrip("+").startswith("run_dir=") for word in words):
         words = [*words, f"run_dir={run_dir}"]
     return shlex.join(["python", "-m", "runner", *redact_command(words, secrets_of(plan.config, plan.written))])

@@ -53,7 +53,7 @@ def place_of(plan: WorkPlan, parts: Parts, ranks: Ranks) -> Place:
     Raises InputError where the folder is no run's, where what is named is no checkpoint that can be read, or where the
     run would go on as another training.
     """
-    again = _again(plan, ranks)
+    again = earlier(plan, ranks)
     where = again or plan.run_dir
     path = None if where is None else Path(plan.directory, where)
     source = None
@@ -117,7 +117,7 @@ def _place_in(folder: RunFolder, plan: WorkPlan, parts: Parts, again: str | None
     return Place(folder, last, False, drift=None if last is None else compare(plan, parts, last))
 
 
-def _again(plan: WorkPlan, ranks: Ranks) -> str | None:
+def earlier(plan: WorkPlan, ranks: Ranks) -> str | None:
     """The folder that an earlier attempt of these processes has made."""
     if plan.again is None and plan.report is not None and ranks.attempt:
         return told_run(Report(plan.report)).get("folder")

@@ -97,7 +97,7 @@ class Signals:
 
     def __call__(self, number: int, frame: Any) -> None:
         if os.getpid() != self._process:
-            return  # a process that was forked with this handler: the training process decides when it ends
+            return  # a process that was forked past Python: the training process decides when it ends
         if self.received is not None:
             same = TWICE if self.handed_on else SAME if number == self.received else 0.0
             if time.monotonic() - self._when < same:
@@ -137,6 +137,7 @@ class Signals:
 def handled() -> Iterator[Signals]:
     """The handler in the place of Python's own, where this is the main thread."""
     handler = Signals()
+    fresh_in_forks()
     try:
         before = {number: signal.signal(number, handler) for number in heard()}
     except ValueError:
@@ -184,6 +185,61 @@ def awaited(get: Any, *arguments: T) -> Any:
 # --- processes that a training process has started -------------------------------------------------------------------
 
 
+def deaf(number: int, frame: Any) -> None:
+    """Ends nothing. Unlike a signal that is ignored, it is not handed on to programs that are started."""
+
+
+def tell_by(descriptor: int) -> None:
+    """Lets the system write each signal that this process gets into a pipe, whatever it is doing."""
+    _pipes.append(descriptor)
+    signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)
+
+
+def fresh_in_forks() -> None:
+    """From now on processes that are forked from this one, as by a user's Pool, hear signals as any other does.
+
+    With the handlers of a training they would swallow a SIGTERM, and whoever has ended them would wait for ever. A
+    Ctrl-C they leave to the training process, which ends after its step.
+    """
+    if not _fresh:
+        _fresh.append(True)
+        os.register_at_fork(after_in_child=_freshen)
+
+
+_pipes: list[int] = []
+_fresh: list[bool] = []
+
+
+def _freshen() -> None:
+    if _pipes and (other := signal.set_wakeup_fd(-1)) not in (-1, *_pipes):
+        signal.set_wakeup_fd(other)  # an event loop's
+    for number in SIGNALS:
+        handler = signal.getsignal(number)
+        if str(getattr(handler, "__module__", None)).partition(".")[0] == "runner":
+            signal.signal(number, deaf if number == signal.SIGINT else signal.SIG_DFL)
+    for number in (signal.SIGTSTP, signal.SIGCONT):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.SIG_DFL)  # the watchdog's ear, of which Python does not know (launch.watch)
+
+
+#: The data workers, among all that a user's code may have started.
+_workers: set[Any] = set()
+
+
+@contextmanager
+def starting_workers() -> Iterator[None]:
+    """What is started within are data workers. They get no signal before they know that they are (data.worker)."""
+    there = set(multiprocessing.active_children())
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        now = set(multiprocessing.active_children())
+        _workers.intersection_update(now)
+        _workers.update(now - there)
+
+
 def end_with(parent: int) -> None:
     """Asks the system to kill this process when its parent dies, where it can, and makes sure that it still lives."""
     if sys.platform == "linux":
@@ -194,7 +250,7 @@ def end_with(parent: int) -> None:
 
 def end_workers() -> None:
     """Ends the data workers of this process at once: a busy one would be waited for, and they hear no signal."""
-    children = [child for child in multiprocessing.active_children() if child.daemon]
+    children = [child for child in multiprocessing.active_children() if child in _workers]
     if not children:
         return
     try:

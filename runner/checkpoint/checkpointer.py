@@ -111,6 +111,9 @@ class Checkpointer:
         self._published: list[Path] = []
         self._begun = False
         self.failed = False
+        #: What was loaded last, and which of the objects it had no state of: they stayed as they were. Alike on all.
+        self.loaded: Path | None = None
+        self.lacked: tuple[str, ...] = ()
         with _all_or_none():
             if distributed.rank() == 0:
                 if not reads_only:
@@ -261,11 +264,7 @@ class Checkpointer:
         if peers.rank == 0:
             renewed(path)
             self._there[path] = draft.metrics
-            try:
-                self._prune()
-            except OSError as error:
-                # The checkpoint that was saved counts, and the others wait to hear of it; the next save tries again.
-                _log.warning("%s: older checkpoints could not be looked at: %s", self._folder, error.strerror or error)
+            self._prune()
         # Nobody may look at the folder while the first process still removes.
         peers.broadcast(None)
 
@@ -306,6 +305,7 @@ class Checkpointer:
             raise wrong("resume", str(error), "name another checkpoint", value=str(path)) from error
         for name, state in loaded.items():
             self._state[name].load_state_dict(state)
+        self.loaded, self.lacked = path, tuple(name for name in self._state if name not in loaded)
         return document["extra"]
 
     def leave_behind(self, source: Path, step: int) -> Path | None:
@@ -327,11 +327,22 @@ class Checkpointer:
         return place
 
     def prune(self) -> list[Path]:
-        """Removes what retention does not keep, and returns it. Damaged folders are nobody's and stay."""
+        """Removes what retention does not keep, and returns it. Damaged folders are nobody's and stay.
+
+        Where the folder cannot be looked at, that is a warning and nothing is removed.
+        """
         gone: list[Path] = distributed.broadcast(self._prune() if distributed.rank() == 0 else [])
         return gone
 
     def _prune(self) -> list[Path]:
+        try:
+            return self._pruned()
+        except OSError as error:
+            # What was saved counts, and the others wait to hear of it; the next save tries again.
+            _log.warning("%s: older checkpoints could not be looked at: %s", self._folder, error.strerror or error)
+            return []
+
+    def _pruned(self) -> list[Path]:
         paths = self._complete()
         best = self._best_path(paths, self._there)
         protected = {path for path in paths if path == best or path.resolve() in self._protected}

@@ -332,6 +332,9 @@ def _judge(asked: Asked, found: Match, own: Mapping[str, Tensor]) -> list[str]:
         raise wrong(
             KEY, f"does not fit the model; {'; '.join(words)}; {fits}", _advice(asked, found) or _FIX, value=asked.path
         )
+    if not found.taken and asked.only:
+        why = f"matches no name of the model, which has {_first(list(own))}"
+        raise wrong(f"{KEY}.only", why, "write the beginning of one of these; * is one word in it", value=[*asked.only])
     if not found.taken:
         raise wrong(KEY, "gives no tensor that is wanted", _FIX, value=asked.path)
     return words

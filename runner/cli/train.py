@@ -22,6 +22,7 @@ from runner.launch.environment import Environment
 from runner.launch.failure import record, share
 from runner.launch.worker import WorkPlan, leave
 from runner.places import make_importable
+from runner.recipe import links
 from runner.recipe.compose import Composition, compose, nearest
 from runner.recipe.overrides import Invocation
 from runner.recipe.problems import render
@@ -55,9 +56,16 @@ def composed(invocation: Invocation, environment: Environment, started: float) -
 
 
 def problems_of(composition: Composition, environment: Environment) -> list[Problem]:
-    """What is wrong with a configuration, and with the processes that it and a launcher ask for."""
+    """What is wrong with a configuration, and with the processes that it and a launcher ask for.
+
+    A configuration that is right says afterwards what the links in it mean now: no folder is made yet, and
+    `runs/latest` is still the one that was meant.
+    """
     world = processes.processes(composition.config, environment)
-    return [*composition.check(world), *processes.check(composition.config, environment)]
+    problems = [*composition.check(world), *processes.check(composition.config, environment)]
+    if not problems:
+        links.follow(composition.config, composition.unresolved, Path.cwd())
+    return problems
 
 
 def launch(plan: WorkPlan, environment: Environment) -> int:
@@ -146,6 +154,9 @@ def work(plan: WorkPlan | None, ranks: Ranks) -> int:
         plan = _agreed(plan, ranks, store)
     if plan is None:
         return InputError.exit_code
+    if (folder := plan.again or plan.run_dir) is not None:
+        # In every process: the first one writes into the folder only when all have come to it.
+        plan.config = links.recalled(plan.config, plan.written, Path(plan.directory, folder))
     if ranks.main:
         console.speak(aside=plan.json)
     else:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from copy import copy
 from dataclasses import fields, is_dataclass, replace
 from itertools import islice
+from signal import strsignal
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +19,7 @@ from runner.data.draws import Draws, Seeding
 from runner.data.order import Order
 from runner.data.worker import in_worker
 from runner.errors import InputError, Problem, wrong
-from runner.signals import awaited
+from runner.signals import awaited, starting_workers
 
 
 class StepBatches(NamedTuple):
@@ -208,9 +210,45 @@ def opened(value: Any) -> Any:
 
 def received(batches: Iterable[Any], *, ends: bool) -> Iterator[Any]:
     """What workers send. With `ends` a signal ends the wait for them: not where all must make one more step first."""
-    found, end = iter(batches), object()
-    while (batch := awaited(next, found, end) if ends else next(found, end)) is not end:
-        yield batch
+    end = object()
+    with starting_workers():
+        found = iter(batches)
+    dataset = getattr(getattr(batches, "dataset", None), "_dataset", None)
+    _readers[id(dataset)] = {worker.pid for worker in found._workers}  # type: ignore[attr-defined]
+    try:
+        while (batch := awaited(next, found, end) if ends else next(found, end)) is not end:
+            yield batch
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # Torch, or a connection, may only find that a worker has gone, and not why.
+        if (how := _how_ended(error, found)) is not None:
+            raise RuntimeError(how) from None
+        raise
+
+
+#: The last workers of each data set, which is known by its id. The system tells of a worker's end wherever the process
+#: just is, and then their loader may be closed before anybody asks.
+_readers: dict[int, set[int]] = {}
+
+
+def read_by(pid: int) -> int | None:
+    """The id of the data set that a data worker reads or has read; None where that is not known."""
+    return next((dataset for dataset, pids in _readers.items() if pid in pids), None)
+
+
+def _how_ended(error: Exception, found: Any) -> str | None:
+    """How a worker has ended, in torch's words, where it was not told: torch, or a connection, only found it gone."""
+    text = str(error)
+    if isinstance(error, RuntimeError) and not re.fullmatch(r"DataLoader worker .* exited unexpectedly", text):
+        return None
+    if text.startswith("Caught "):  # it lives, and has met a broken connection of its own
+        return None
+    for worker, expected in zip(found._workers, found._workers_status, strict=True):
+        if worker.exitcode is not None and (expected or re.search(rf"\b{worker.pid}\b", text)):
+            code = worker.exitcode
+            if code < 0:
+                return f"DataLoader worker (pid {worker.pid}) is killed by signal: {strsignal(-code)}."
+            return f"DataLoader worker (pid {worker.pid}) exited unexpectedly with exit code {code}"
+    return None
 
 
 def as_it_is(batch: Any) -> Any:

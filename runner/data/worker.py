@@ -10,16 +10,15 @@ from typing import Any
 
 import torch
 
-from runner.signals import SIGNALS, end_with
+from runner.signals import SIGNALS, deaf, end_with, fresh_in_forks, heard
 
 
 def in_worker(number: int = 0) -> None:
     """To be called first in a data worker (`worker_init_fn`): it ends with its training process, and by it alone."""
-    for each in SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
-    for each in (signal.SIGTSTP, signal.SIGCONT):
-        if signal.getsignal(each) == signal.SIG_DFL:
-            signal.signal(each, signal.SIG_DFL)  # the training process's watchdog has an ear for them (launch.watch)
+    fresh_in_forks()
+    for each in heard():
+        signal.signal(each, deaf)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     _nameless_sockets()
     _nameless_memory()
     parent = multiprocessing.parent_process()
@@ -61,8 +60,10 @@ def _nameless_memory() -> None:
     a container that folder often holds no more than 64 MB, of which workers die by a bus error. A memfd is shared in
     the same way, by its descriptor, and is limited by the memory alone.
     """
-    if not hasattr(os, "memfd_create"):
-        return
+    try:
+        os.close(os.memfd_create("batch", os.MFD_CLOEXEC))
+    except (AttributeError, OSError):
+        return  # not there, or not allowed: then as torch does it
     storage: Any = torch.UntypedStorage
     share = storage._share_fd_cpu_
 

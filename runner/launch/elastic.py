@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import InputError, Problem, RunnerError
-from runner.launch.failure import failures
-from runner.launch.local import Ending, heard_signals, tell, threads
+from runner.launch.failure import failures, told_run
+from runner.launch.local import Ending, heard_signals, tell, tell_interrupted, threads
 from runner.launch.processes import address
-from runner.launch.report import SIGNAL, temporary
+from runner.launch.report import SIGNAL, Report, temporary
 from runner.launch.worker import WorkPlan, command
 from runner.signals import NOTHING_TO_SAVE, exit_code, speak_up
 
@@ -44,6 +44,7 @@ def run(work: str, plan: WorkPlan, nproc: int) -> int:
         with heard_signals(partial(_forward, Path(folder)), partial(_kill, Path(folder))) as got:
             endings = _launch(plan, nproc, command(work, path), Path(folder))
         if got.left is not None:
+            tell_interrupted(plan, told_run(Report(folder)), got.received)
             return got.left
         codes = [int(each.read_text()) for each in Path(folder).glob("rank_*.code")]
         endings += [Ending(-1, code, time.time()) for code in codes]
@@ -118,7 +119,8 @@ def _forward(folder: Path, number: int, rank: int | None) -> None:
     (folder / SIGNAL).write_text(str(number))  # for those that are about to start
     pids = _pids(folder)
     if not pids:
-        speak_up(f"interrupted before the first step: {NOTHING_TO_SAVE}")
+        go_on = told_run(Report(folder)).get("go_on")  # of an attempt before
+        speak_up(f"to go on: {go_on}" if go_on else f"interrupted before the first step: {NOTHING_TO_SAVE}")
         shutil.rmtree(folder, ignore_errors=True)
         os._exit(exit_code(number))
     for pid in pids:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -9,13 +10,14 @@ import re
 import socket
 import stat
 import sys
+import sysconfig
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runner.console import say, scrub
 from runner.distributed import Ranks
@@ -37,7 +39,20 @@ _GONE = re.compile(
 )
 #: How torch says that a data worker was killed, or is gone: in a thread it cannot know why.
 _KILLED = "killed by signal: Killed"
-_WORKER_GONE = re.compile(rf"DataLoader worker .*({_KILLED}|exited unexpectedly)")
+_WORKER_GONE = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (is killed by signal|exited unexpectedly)")
+_EXIT_CODE = re.compile(r"exited unexpectedly with exit code (\d+)")
+#: How torch tells here of an error that a data worker met: as a text, with the worker's traceback in it.
+_CAUGHT = re.compile(r"Caught (\S+) in DataLoader worker process \d+\.\nOriginal ")
+_TRACEBACK = "Traceback (most recent call last):"
+_FRAME = re.compile(r'  File "(.+)", line (\d+), in (.+)')
+#: So much of a text of several lines stands in its one line, where the first of them is not longer.
+_LONG = 300
+#: Where Python starts processes: elsewhere EAGAIN means that something that was read has not come yet.
+_STARTS = ("_launch", "_execute_child", "_fork_exec", "_posix_spawn", "spawnv_passfds")
+NO_MORE = (
+    "the system allows no more processes or threads: raise `ulimit -u`, or ask for fewer data.num_workers, "
+    "launch.threads or launch.nproc_per_node"
+)
 #: Seconds for the processes to tell each other why the input is refused.
 _COMES = 2.0
 #: A line of a log that is on the terminal as well.
@@ -125,13 +140,119 @@ def record(
 
 def worded(error: BaseException, key: str | None = None) -> str:
     """An error in one line, with the key of the configuration that it comes from, where that is known."""
+    raised = raised_by(error)
     if isinstance(error, RunnerError):
-        return scrub(str(error))
-    text = scrub(f"{type(error).__name__}: {error}")
-    if _WORKER_GONE.search(text):
-        how_sure = "likely" if _KILLED in f"{text} {error.__cause__}" else "perhaps"
-        text = f"{text.rstrip('. ')}: {how_sure} out of memory, try a smaller data.num_workers"
+        return _joined(scrub(raised.text))
+    text = _shortened(scrub(raised.text))
+    place = "" if text else _own_place(raised.frames)
+    text = f"{raised.kind}: {text}" if text else f"{raised.kind}{place}"
+    if gone(error):
+        text = _why_gone(text, error)
+    elif _allows_no_more(error, raised):
+        text = f"{text}: {NO_MORE}"
     return text if key is None else f"{text} (in {key})"
+
+
+class Frame(NamedTuple):
+    """A line of code that was being run."""
+
+    file: str
+    line: int
+    function: str
+
+
+@dataclass(frozen=True)
+class Raised:
+    """What was raised and where (outermost first); `afar`: by a data worker, of which torch gives a text only."""
+
+    kind: str
+    text: str
+    frames: Sequence[Frame]
+    afar: bool = False
+
+
+def raised_by(error: BaseException) -> Raised:
+    """An error as it was where it was raised, be that in a data worker."""
+    text = str(error)
+    passed = list(traceback.walk_tb(error.__traceback__))
+    # Torch makes the same kind of error of the text, and where it cannot (a group's) fails in doing so.
+    of_torch = passed[-1][0].f_locals.get("msg") if passed and passed[-1][0].f_code.co_name == "reraise" else None
+    for told in (text, str(of_torch)):
+        if caught := _CAUGHT.search(told):
+            return _taken_apart(caught[1], told[caught.end() :])
+    frames = [Frame(frame.f_code.co_filename, line, frame.f_code.co_name) for frame, line in passed]
+    return Raised(type(error).__name__, text, frames)
+
+
+def _taken_apart(kind: str, told: str) -> Raised:
+    """An error from the text of its traceback: the last one of several, and not one that the error's own text holds."""
+    lines = told.splitlines()
+    first = re.compile(rf"(?:\S+\.)?{re.escape(kind)}(?:: (.*))?")
+    for begin in (number for number in reversed(range(len(lines))) if lines[number].strip() == _TRACEBACK):
+        end = begin + 1
+        while end < len(lines) and (not lines[end] or lines[end][0].isspace()):
+            end += 1
+        if end < len(lines) and (found := first.fullmatch(lines[end])):
+            frames = [Frame(at[1], int(at[2]), at[3]) for at in map(_FRAME.fullmatch, lines[begin:end]) if at]
+            return Raised(kind, "\n".join([found[1] or "", *lines[end + 1 :]]), frames, afar=True)
+    # It was never raised, or is one of several in a group, which Python draws with lines.
+    bare = [line.strip(" |+-") for line in lines]
+    named = [found[1] or "" for found in map(first.fullmatch, bare) if found]
+    return Raised(kind, next(iter(named or filter(None, reversed(bare))), ""), [], afar=True)
+
+
+def gone(error: BaseException) -> list[int]:
+    """The data workers of whose end an error tells, by their numbers as processes."""
+    found = _WORKER_GONE.search(str(error)) if isinstance(error, RuntimeError) else None
+    return [] if found is None else [int(pid) for pid in found[1].split(",")]
+
+
+def _why_gone(text: str, error: BaseException) -> str:
+    told = f"{error} {error.__cause__}"  # that a worker is gone may be found while torch tells how it ended
+    if code := _EXIT_CODE.search(told):
+        return f"a data worker ended itself with exit code {code[1]}"
+    if _KILLED not in told and "exited unexpectedly" not in told:
+        return text
+    how_sure = "likely" if _KILLED in told else "perhaps"
+    return f"{text.rstrip('. ')}: {how_sure} out of memory, try a smaller data.num_workers"
+
+
+def _allows_no_more(error: BaseException, raised: Raised) -> bool:
+    """Whether an error says that no process or thread could be started."""
+    if isinstance(error, OSError):
+        started = bool(raised.frames) and raised.frames[-1].function in _STARTS
+        return started and (error.errno == errno.EAGAIN or os.strerror(errno.EAGAIN) in raised.text)
+    # Python's words for a thread, and all that is left of those of C++.
+    return isinstance(error, RuntimeError) and raised.text.strip() in (
+        "can't start new thread",
+        os.strerror(errno.EAGAIN),
+    )
+
+
+def _own_place(frames: Sequence[Frame]) -> str:
+    """The innermost line of the user's own code, for an error that says nothing else."""
+    paths = sysconfig.get_paths()
+    others = (*(paths[name] for name in ("stdlib", "platstdlib")), str(Path(__file__).resolve().parents[1]))
+    for file, line, _ in reversed(frames):
+        of_others = any(Path(file).is_relative_to(other) for other in others)
+        if not of_others and not file.startswith("<") and not {"site-packages", "dist-packages"} & {*Path(file).parts}:
+            here = Path(file).is_relative_to(Path.cwd())
+            return f" at {Path(file).relative_to(Path.cwd()) if here else file}:{line}"
+    return ""
+
+
+def _joined(text: str) -> str:
+    """A text of several lines in one."""
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _shortened(text: str) -> str:
+    """A text in one line: a single one as it is, several up to where they are long."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines or text.splitlines() == [text]:
+        return text if lines else ""
+    joined, most = " ".join(lines), max(_LONG, len(lines[0]))
+    return joined if len(joined) <= most else f"{joined[:most].rstrip()} ..."
 
 
 def tell_run(plan: WorkPlan, folder: Path, go_on: str) -> None:

@@ -22,7 +22,7 @@ from runner.errors import RunnerError
 from runner.folder import RunFolder
 from runner.heartbeat import ENDING, Beat, last
 from runner.launch import watch
-from runner.launch.failure import Failure, capture, failures, said, show, told_run
+from runner.launch.failure import NO_MORE, Failure, capture, failures, said, show, told_run
 from runner.launch.report import BEAT, OUTPUT, PLAN, STACKS, Report, file_of, files_allowed, temporary
 from runner.launch.watch import LOOK, View, Watch
 from runner.launch.worker import WorkPlan, command
@@ -45,10 +45,12 @@ def supervise(work: str, plan: WorkPlan, nproc: int) -> int:
 
     Rank 0 keeps the terminal. After a failure all are started again, as often as launch.max_restarts says, and go on
     in the same folder; not after a signal or where the input is wrong, nor where one step fails again and again. The
-    first cause of a failure is told last. Returns the exit code of the whole.
+    first cause of a failure is told last, and how to go on where no process could say it. Returns the exit code of the
+    whole.
     """
     most = plan.config.get("launch", {}).get("max_restarts") or 0
     crashes: Counter[str] = Counter()
+    told: dict[str, str] = {}
     with heard_signals() as heard:
         for attempt in range(most + 1):
             with _report(nproc) as report:
@@ -58,11 +60,20 @@ def supervise(work: str, plan: WorkPlan, nproc: int) -> int:
                     node.wait()
                 finally:
                     node.end()
+                told |= told_run(report)
                 if heard.left is not None:
+                    tell_interrupted(plan, told, heard.received)
                     return heard.left
                 cause = node.cause()
                 if isinstance(cause, int):
+                    if cause in (PREEMPTED, INTERRUPTED) and node.lost_its_place(told.get("folder")):
+                        if attempt:
+                            say(f"interrupted after restart {attempt}\n", sys.stderr)
+                        tell_interrupted(plan, told, heard.received or _signal_of(cause))
                     return cause
+                if not cause.problems:
+                    go_on, folder = cause.go_on or told.get("go_on"), cause.folder or told.get("folder")
+                    cause = replace(cause, go_on=go_on, folder=folder)
                 where = node.step_of(cause)
                 crashes[where] += 1
                 if crashes[where] == _CRASHES and not cause.problems:
@@ -72,7 +83,9 @@ def supervise(work: str, plan: WorkPlan, nproc: int) -> int:
                     if attempt and not cause.problems:
                         cause = replace(cause, error=f"{cause.error} (after restart {attempt})")
                     return _show(cause, node.plan, report)
-                again = told_run(report).get("folder") or plan.again
+                again = told.get("folder")
+                # What the processes wrote may be a consequence only, and the next ones may not live to write anything.
+                _correct(cause, failures(report), again)
                 _tell_restart(attempt + 1, most, cause, where, again)
                 plan = replace(plan, again=again, started=time.time())
     raise AssertionError("the last attempt returns")
@@ -263,7 +276,7 @@ class Node:
                     self._start(rank, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, listen)
         except OSError as error:
             which = f"process {len(self.processes) + 1} of {self.nproc}"
-            fix = f": {_MORE_FILES}" if error.errno == errno.EMFILE else ""
+            fix = {errno.EMFILE: f": {_MORE_FILES}", errno.EAGAIN: f": {NO_MORE}"}.get(error.errno or 0, "")
             raise RunnerError(f"{which} cannot be started: {error}{fix}") from error
 
     def _start(self, rank: int, variables: dict[str, str], listen: int | None) -> None:
@@ -392,6 +405,17 @@ class Node:
         beat = self._last(failure.rank)
         return f"step {beat.step}" if beat.beats else "the start"
 
+    def lost_its_place(self, folder: str | None) -> bool:
+        """Whether a signal came to these processes after there was something to lose, and none said how to go on.
+
+        Before the first attempt's training there is nothing to lose; what ends in order says it.
+        """
+        if folder is None or not (self.attempt or self._trains()):
+            return False
+        status = _read(RunFolder(Path(folder)), "status.json")
+        in_order = status.get("state") == "interrupted" and status.get("pid") == self.processes[0].popen.pid
+        return not (in_order and self._trains())
+
     def end(self) -> None:
         """Kills what still runs, and what the processes have left behind."""
         self._kill()
@@ -493,10 +517,41 @@ def _correct(failure: Failure, found: list[Failure], told: str | None) -> None:
     if folder is None or failure.problems or not Path(folder).is_dir():
         return
     run = RunFolder(Path(folder))
-    summary, status = run.read_json("summary.json") or {}, run.read_json("status.json") or {}
+    summary, status = _read(run, "summary.json"), _read(run, "status.json")
     with suppress(OSError):
         run.write_json("summary.json", {**summary, "status": "failed", "error": failure.said})
         run.write_json("status.json", {**status, "state": "failed", "reason": failure.said})
+
+
+def tell_interrupted(plan: WorkPlan, told: Mapping[str, str], number: int | None) -> None:
+    """Says how to go on where a signal has ended the processes before they could, and writes it into the run's files.
+
+    `told` is what `told_run` gives; where the run has no folder, there is nothing to say. A disk that takes nothing
+    ends nothing.
+    """
+    folder = told.get("folder")
+    if folder is None or not os.path.isdir(folder):
+        return
+    if go_on := told.get("go_on"):
+        say(f"to go on: {go_on}\n", sys.stderr if plan.json else sys.stdout)
+    run = RunFolder(Path(folder))
+    reason = None if number is None else signal.Signals(number).name
+    with suppress(OSError):
+        run.write_json("status.json", {**_read(run, "status.json"), "state": "interrupted", "reason": reason})
+        summary = _read(run, "summary.json")
+        if summary.pop("status", None) == "failed":  # an attempt before, or a process that lost the others
+            summary.pop("error", None)
+            run.write_json("summary.json", {"status": "interrupted", **summary})
+
+
+def _signal_of(code: int) -> int:
+    return signal.SIGINT if code == INTERRUPTED else signal.SIGTERM
+
+
+def _read(run: RunFolder, name: str) -> dict[str, Any]:
+    """A JSON file of a run; nothing where it is not there, or damaged."""
+    found = run.read_json(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _silence(ending: Ending) -> str:

@@ -30,7 +30,18 @@ from runner.launch.environment import Environment
 from runner.launch.failure import Failure, capture, captured, record, show
 from runner.launch.report import OUTPUT, SIGNAL, STACKS, Report, file_of
 from runner.launch.watch import answer
-from runner.signals import INTERRUPTED, NOTHING_TO_SAVE, PREEMPTED, SIGNALS, end_with, exit_code, heard, speak_up
+from runner.signals import (
+    INTERRUPTED,
+    NOTHING_TO_SAVE,
+    PREEMPTED,
+    SIGNALS,
+    end_with,
+    exit_code,
+    fresh_in_forks,
+    heard,
+    speak_up,
+    tell_by,
+)
 
 
 @dataclass
@@ -105,7 +116,7 @@ def main(arguments: list[str]) -> NoReturn:
     if options.parent is not None:
         end_with(options.parent)
     if options.tell is not None:
-        signal.set_wakeup_fd(options.tell, warn_on_full_buffer=False)
+        tell_by(options.tell)
     plan = WorkPlan.load(options.plan)
     environment = Environment.read()
     if environment.problems:
@@ -142,7 +153,8 @@ def _prepare(plan: WorkPlan, ranks: Ranks) -> None:
         if plan.watched:
             answer(report.path(file_of(ranks.rank, STACKS)))
     faulthandler.enable()
-    leave_on_signals(speaks=ranks.main)
+    # After a restart there may be checkpoints: the parent says how to go on.
+    leave_on_signals(speaks=ranks.main and plan.again is None)
     # The parent starts its children with these blocked, so that none is hit before it can answer.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     if report is not None and (missed := report.read(SIGNAL)):
@@ -188,6 +200,7 @@ def leave_on_signals(*, speaks: bool = True) -> dict[signal.Signals, Any]:
             speak_up(f"interrupted before the first step: {NOTHING_TO_SAVE}")
         os._exit(exit_code(number))
 
+    fresh_in_forks()
     try:
         return {number: signal.signal(number, leave_at_once) for number in heard()}
     except ValueError:

@@ -11,6 +11,8 @@ from typing import Any
 from runner.errors import InputError, Problem
 
 KEY = "init_from"
+#: YAML and the command line read 0 and 0. as numbers.
+_QUOTES = "put names that look like numbers in quotes"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 
 
@@ -50,22 +52,35 @@ class Asked:
 def shape_problems(value: Any) -> Iterable[Problem]:
     """What is wrong with an `init_from`, whatever files there are."""
     values: Mapping[Any, Any] = {"path": value} if isinstance(value, str) else value
-    known: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "path": (lambda v: isinstance(v, str) and bool(v.strip()) and "\0" not in v, "a path, or a hub's name"),
-        "strict": (lambda v: v is None or isinstance(v, bool), "true or false"),
-        "rename": (_is_renaming, "a mapping of texts: the beginning of a stored name -> what stands there here"),
+    known: dict[str, tuple[Callable[[Any], bool], str, str]] = {
+        "path": (
+            lambda v: isinstance(v, str) and bool(v.strip()) and "\0" not in v,
+            "a path, or a hub's name",
+            "write path: FOLDER; a name of digits alone in quotes",
+        ),
+        "strict": (lambda v: v is None or isinstance(v, bool), "true or false", "write strict: false, without quotes"),
+        "rename": (
+            _is_renaming,
+            "a mapping of texts: the beginning of a stored name -> what stands there here",
+            f"write rename: {{encoder: backbone}}; {_QUOTES}, in a recipe",  # Hydra's grammar has no quotes in keys
+        ),
         "only": (
             lambda v: v is None or (isinstance(v, list) and all(isinstance(i, str) for i in v)),
             "a list of texts",
+            f"write only: ['0.', head]; {_QUOTES}",
         ),
-        "part": (lambda v: v in (None, "model", "ema"), "model, or ema"),
-        "revision": (lambda v: v is None or (isinstance(v, str) and bool(v)), "a text"),
+        "part": (lambda v: v in (None, "model", "ema"), "model, or ema", "write part: ema, or leave it out"),
+        "revision": (
+            lambda v: v is None or (isinstance(v, str) and bool(v)),
+            "a text",
+            "put it in quotes: revision: '1234567'",
+        ),
     }
     for name, value in values.items():
         if name not in known:
             yield Problem(f"{KEY}.{name}", "unknown key", f"there are {', '.join(known)}", value=value)
         elif not known[name][0](value):
-            yield Problem(f"{KEY}.{name}", f"must be {known[name][1]}", "", value=value)
+            yield Problem(f"{KEY}.{name}", f"must be {known[name][1]}", known[name][2], value=value)
     if "path" not in values:
         yield Problem(f"{KEY}.path", "is missing: where the weights are", "give a path, or a hub's name")
     renaming = values.get("rename") if _is_renaming(values.get("rename")) else None

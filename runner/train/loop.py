@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from runner.train.not_finite import GoBack, look_at_the_start, passed_over
 from runner.train.rollback import pass_over, roll_back
 from runner.train.run import Run
 from runner.train.step import forward_backward, settle, update
+
+_log = logging.getLogger("runner")
 
 
 def train(run: Run) -> None:
@@ -35,7 +39,8 @@ def train(run: Run) -> None:
         evaluation and checkpoint, where the last step had none
         on_run_end
 
-    An error is shown to the hooks (on_exception) and goes on. A signal or run.stop() ends the loop after the step.
+    An error is shown to the hooks (on_exception) and goes on, whatever they raise. A signal or run.stop() ends the loop
+    after the step.
     With nan=rollback, what is not finite leads back to the last checkpoint, and on from there.
     """
     try:
@@ -51,10 +56,33 @@ def train(run: Run) -> None:
                 roll_back(run, why)
         _fire(run, "on_run_end")
     except BaseException as error:
-        _tell_saved(run, saving.leave(run, error))
-        for call in run.events["on_exception"]:
-            call(run, error)
+        _show(run, error)
         raise
+
+
+def _show(run: Run, error: BaseException) -> None:
+    """Tells the hooks that the training has failed, after what is saved of it. What they raise is only told.
+
+    So it neither hides the cause nor keeps the other hooks from hearing of it.
+    """
+    _tell_saved(run, saving.leave(run, error), _fire_guarded)
+    _fire_guarded(run, "on_exception", error)
+
+
+def _fire_guarded(run: Run, event: str, *about: Any) -> None:
+    for call in run.events[event]:
+        try:
+            call(run, *about)
+        except (Exception, SystemExit) as also:
+            words = f"{type(also).__name__}: {also}"
+            _log.warning("%s failed as well, while an error was shown to it: %s", _named(run, call), words)
+
+
+def _named(run: Run, call: Callable[..., Any]) -> str:
+    """What is called, by the hook's name in the configuration; by its own name where it is no hook's method."""
+    whose = getattr(call, "__self__", None)
+    named = [f"hooks.{name}.{call.__name__}" for name, hook in run.hooks.items() if hook is whose]
+    return named[0] if named else getattr(call, "__qualname__", repr(call))
 
 
 def _begin(run: Run) -> None:
@@ -70,12 +98,14 @@ def _begin(run: Run) -> None:
         from runner.train.fit import fit_micro_size
 
         run.fit = fit_micro_size(run)
-    if run.settings.nan == "rollback" and not _has_checkpoint(run):
+    if run.settings.nan == "rollback" and not _can_go_back(run):
         save_now(run)
 
 
-def _has_checkpoint(run: Run) -> bool:
-    found: bool = distributed.broadcast(run.checkpointer is None or run.checkpointer.newest is not None)
+def _can_go_back(run: Run) -> bool:
+    """Whether there is a checkpoint that puts everything back, also hooks that were added only now."""
+    saver = run.checkpointer
+    found: bool = distributed.broadcast(saver is None or (saver.newest is not None and not saver.lacked))
     return found
 
 
@@ -182,9 +212,14 @@ def save_now(run: Run, *, last: bool = False) -> None:
     _tell_saved(run, saving.save(run, last=last))
 
 
-def _tell_saved(run: Run, paths: list[Path]) -> None:
+def _fire(run: Run, event: str, *about: Any) -> None:
+    for call in run.events[event]:
+        call(run, *about)
+
+
+def _tell_saved(run: Run, paths: list[Path], fire: Callable[..., None] = _fire) -> None:
     for path in paths:
-        _fire(run, "on_checkpoint_saved", path)
+        fire(run, "on_checkpoint_saved", path)
 
 
 def _save_due(run: Run) -> bool:
@@ -192,8 +227,3 @@ def _save_due(run: Run) -> bool:
     due = run.save_every
     by_steps = due.steps is not None and run.progress.step % due.steps == 0
     return by_steps or (run.engine.mesh.data_size == 1 and due.passed(run.last_save))
-
-
-def _fire(run: Run, event: str, *about: Any) -> None:
-    for call in run.events[event]:
-        call(run, *about)

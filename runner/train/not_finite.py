@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from runner import distributed
 from runner.checkpoint import SaveFailed
 from runner.data.stream import StreamOrder
 from runner.engine.backend import Update
-from runner.errors import TrainingStopped
+from runner.errors import InputError, TrainingStopped
 from runner.train.run import Run
 
 #: In the run's folder: a line for each step that was not finite.
@@ -24,6 +25,9 @@ JOURNAL = "not_finite.jsonl"
 #: Steps in a row without a finite loss and gradient after which `skip` and `rollback` give up. Samples that are bad
 #: come one by one, or in a stretch of a file; after so many batches of different ones it is not the samples.
 MOST_IN_A_ROW = 100
+
+#: What is looked at, in the words of a message; of a hook it is `hooks.NAME`.
+WEIGHTS, BUFFERS = "weights or optimizer state", "buffers"
 
 _log = logging.getLogger("runner")
 
@@ -49,7 +53,8 @@ def follow(run: Run, update: Update) -> None:
     if policy == "ignore":
         return
     run.progress.in_a_row += 1
-    spoilt = not weights_are_finite(run)
+    found = _not_finite(run)
+    spoilt = bool(found)
     # Weights that are not finite now were so before this step: what wrote them is the update before, unless a
     # checkpoint was saved after that.
     bad = step - 1 if spoilt and run.saved_at < step - 1 else step
@@ -59,64 +64,133 @@ def follow(run: Run, update: Update) -> None:
     what = f"not finite (loss {run.loss.item()}, gradient norm {'unknown' if norm is None else norm})"
     if spoilt:
         what += ", because weights are not finite"
-    if policy == "rollback" and run.progress.in_a_row < MOST_IN_A_ROW:
+    if policy == "rollback" and run.progress.in_a_row < MOST_IN_A_ROW and not _from_the_start(run, found):
         raise GoBack(bad, step, what, numbers)
     record(run, bad, step, **numbers)
     if policy == "stop" or spoilt or run.progress.in_a_row >= MOST_IN_A_ROW:
-        raise TrainingStopped(f"step {step}: {what}; {_why(run, spoilt)}, and {last_good(run)}. {_advice(run, bad)}")
+        why = f"{_why(run, spoilt)}, and {last_good(run)}. {_advice(run, bad, found)}"
+        raise TrainingStopped(f"step {step}: {what}; {why}")
     _log.warning("step %d: %s; it is left out. %s", step, what, samples_in_words(run, bad))
 
 
-def check_weights(run: Run) -> bool:
-    """Whether weights and optimizer state may be saved: nothing that is not finite is, whatever the policy.
+def check_weights(run: Run, *, last: bool = False) -> bool:
+    """Whether what is about to be saved may be: nothing that is not finite is, whatever the policy.
 
-    Raises as `follow` does. Under `ignore` the answer is False and the training goes on; `skip` has no step to leave
-    out, so it stops.
+    That is weights, buffers, optimizer state, and what hooks keep of the weights. Raises as `follow` does. Under
+    `ignore` the answer is False and the training goes on, unless it is the `last` checkpoint and a signal ends the run:
+    whoever starts it again counts on that one. `skip` has no step to leave out, so it stops.
     """
-    if weights_are_finite(run):
+    hooks = _kept_by_hooks(run)
+    found = _not_finite(run, hooks)
+    if not found:
         return True
     step, policy = run.progress.step, run.settings.nan
-    what = "weights or optimizer state are not finite"
+    spoilt = [name for name in found if name in hooks]
+    what = f"{' and '.join(found)} {'is' if len(found) == len(spoilt) == 1 else 'are'} not finite"
     if policy == "ignore":
+        if last and not run.complete:
+            raise TrainingStopped(
+                f"step {step}: {what}, so the run that a signal ends here leaves no checkpoint of this step, and "
+                f"{last_good(run)}. {_advice(run, step, found)}"
+            )
         _log.warning("step %d: %s; no checkpoint is saved, and %s", step, what, last_good(run))
         return False
-    numbers = {"loss": None, "grad_norm": None, "weights_finite": False}
-    # A rollback over the step behind which there is a checkpoint would change nothing.
-    if policy == "rollback" and step and step not in run.progress.passed_over:
-        raise GoBack(step, step, what, numbers)
-    record(run, max(step, 1), step, **numbers)
-    raise TrainingStopped(f"step {step}: {what}; they were not saved, and {last_good(run)}. {_advice(run, step)}")
-
-
-def weights_are_finite(run: Run) -> bool:
-    """Whether weights, buffers and optimizer state are finite, on all processes.
-
-    Buffers that began with something else (a mask of -inf) may have it.
-    """
-    found = [tensor for name, tensor in _held(run) if name not in run.never_finite]
-    bad = torch.tensor(float(not _finite(found)), device=run.engine.device)
-    return not distributed.total(bad).item()
+    numbers: dict[str, Any] = {"loss": None, "grad_norm": None, "weights_finite": len(spoilt) == len(found)}
+    if spoilt:
+        numbers["hooks"] = spoilt
+    if not _from_the_start(run, found):
+        # A rollback over the step behind which there is a checkpoint would change nothing.
+        if policy == "rollback" and step and step not in run.progress.passed_over:
+            raise GoBack(step, step, what, numbers)
+        record(run, max(step, 1), step, **numbers)
+    good = last_good(run)
+    raise TrainingStopped(f"step {step}: {what}; they were not saved, and {good}. {_advice(run, step, found)}")
 
 
 def look_at_the_start(run: Run) -> None:
-    """Notes which buffers are not finite by design."""
+    """Notes which buffers are not finite by design, and what else is not finite before any step was made."""
+    run.never_finite = frozenset(name for name, value in _model(run) if name and not _finite([value]))
+    run.spoilt_at_start = frozenset(_not_finite(run, _kept_by_hooks(run)))
+
+
+def _from_the_start(run: Run, found: Collection[str]) -> bool:
+    """Whether something of it was so before this process made a step: no step is to blame, and none mends it."""
+    return not run.spoilt_at_start.isdisjoint(found)
+
+
+def _not_finite(run: Run, hooks: Mapping[str, list[Tensor]] | None = None) -> tuple[str, ...]:
+    """What is not finite on any process, in words, the same on all: of the model, the optimizer, and the `hooks`.
+
+    Buffers that began with something else (a mask of -inf) may have it.
+    """
+    model = [(name, value) for name, value in _model(run) if name not in run.never_finite]
+    held = {
+        WEIGHTS: [*(value for name, value in model if not name), *_stepped(run)],
+        BUFFERS: [value for name, value in model if name],
+        **(hooks or {}),
+    }
+    bad = torch.tensor([float(not _finite(tensors)) for tensors in held.values()], device=run.engine.device)
+    return tuple(words for words, count in zip(held, distributed.total(bad).tolist(), strict=True) if count)
+
+
+def _model(run: Run) -> Iterator[tuple[str, Tensor]]:
+    """This process's part of all that the model holds: buffers by their names, weights without."""
     weights = {_own(parameter.detach()).data_ptr() for parameter in run.engine.model.parameters()}
-    saved = ((name, _own(value)) for name, value in run.engine.model.state_dict().items() if isinstance(value, Tensor))
-    run.never_finite = frozenset(
-        name for name, value in saved if value.data_ptr() not in weights and not _finite([value])
-    )
-
-
-def _held(run: Run) -> Iterator[tuple[str, Tensor]]:
-    """This process's part of all that the model and its optimizer hold, by a name."""
     for name, value in run.engine.model.state_dict().items():
         if isinstance(value, Tensor):
-            yield name, _own(value)
+            own = _own(value)
+            yield "" if own.data_ptr() in weights else name, own
+
+
+def _stepped(run: Run) -> Iterator[Tensor]:
+    """The same of the optimizer's state."""
     # Where a backend steps other tensors than those of the model, these are the keys.
     for parameter, entry in run.engine.optimizer.state.items():
         for value in (parameter, *entry.values()):
             if isinstance(value, Tensor):
-                yield "", _own(value.detach())
+                yield _own(value.detach())
+
+
+def _kept_by_hooks(run: Run) -> dict[str, list[Tensor]]:
+    """By `hooks.NAME`, this process's part of what each hook with state keeps of the weights, as an average of them.
+
+    Those are the tensors that go by a weight's name and have its shape. Others may hold what they like: the best loss
+    so far begins as infinity, and the loss of a step that was left out is NaN.
+    """
+    shapes: dict[str, torch.Size] = {}
+    with suppress(InputError):  # a backend that keeps the weights to itself: no hook can have averages of them
+        shapes = {name: weight.shape for name, weight in run.engine.backend.weights().items()}
+    found: dict[str, list[Tensor]] = {}
+    for name, hook in run.hooks.items():
+        if hasattr(hook, "state_dict"):
+            kept = found[f"hooks.{name}"] = []
+            with suppress(Exception):  # of a state that cannot be told, the save itself says so
+                kept += [
+                    _own(value.detach())
+                    for key, value in _tensors(hook.state_dict())
+                    if any(shapes.get(end) == value.shape for end in _ends(key))
+                ]
+    return found
+
+
+def _tensors(state: Any, key: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a nested state, by the last key that leads to each."""
+    if isinstance(state, Tensor):
+        yield key, state
+    elif isinstance(state, Mapping):
+        for name, value in state.items():
+            yield from _tensors(value, str(name))
+    elif isinstance(state, list | tuple):
+        for value in state:
+            yield from _tensors(value, key)
+
+
+def _ends(key: str) -> Iterator[str]:
+    """`module.0.weight`, `0.weight`, `weight`: what is averaged may be wrapped."""
+    yield key
+    while "." in key:
+        key = key.partition(".")[2]
+        yield key
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -230,7 +304,32 @@ def _why(run: Run, spoilt: bool) -> str:
     return "leaving steps out does not mend them" if spoilt else "the step changed no weight"
 
 
-def _advice(run: Run, bad: int) -> str:
-    words = samples_in_words(run, bad) if bad else ""
-    leave_out = ", or leave such steps out with nan=skip or nan=rollback" if run.settings.nan == "stop" else ""
-    return f"{words} Lower optimizer.lr, set grad_clip, look at those samples{leave_out}.".strip()
+def _advice(run: Run, bad: int, found: Collection[str]) -> str:
+    """What may help, where `found` is not finite beside the loss or a gradient.
+
+    Weights that are spoilt say nothing of the samples, and leaving steps out does not mend them.
+    """
+    if _from_the_start(run, found):
+        return f"They were so before the first step: they come from {_origin(run)}."
+    others = {"stop": "nan=skip or nan=rollback"}.get(run.settings.nan, "")
+    if found:
+        others = "" if run.settings.nan == "rollback" else "nan=rollback"
+    leave_out = f", or leave such steps out with {others}" if others else ""
+    if found and not {WEIGHTS, BUFFERS}.intersection(found):
+        return f"Look at what writes the state of {' and '.join(found)}{leave_out}."
+    if WEIGHTS in found:
+        return f"Lower optimizer.lr, set grad_clip{leave_out}."
+    words = samples_in_words(run, bad)
+    return f"{words} Lower optimizer.lr, set grad_clip, look at those samples{leave_out}."
+
+
+def _origin(run: Run) -> str:
+    """What this process began with, in words."""
+    if run.checkpointer is not None and run.checkpointer.loaded is not None:
+        return f"the checkpoint {run.checkpointer.loaded}"
+    if run.first_step:
+        return f"the checkpoint of step {run.first_step}"
+    asked = run.config.get("init_from")
+    if asked is not None:
+        return f"init_from={asked if isinstance(asked, str) else asked['path']}"
+    return "the model as it was built"

@@ -23,7 +23,7 @@ def roll_back(run: Run, why: GoBack) -> None:
     checkpoint. The step that was bad is from now on made without its samples: the journal says so, and so do later
     checkpoints, so that a run that is interrupted repeats it. Time goes on. No checkpoint may be in flight.
 
-    Raises TrainingStopped where there is no checkpoint to go back to.
+    Raises TrainingStopped where there is no checkpoint to go back to, or only one that lacks the state of a hook.
     """
     assert run.checkpointer is not None
     run.unsettled = None
@@ -49,6 +49,10 @@ def roll_back(run: Run, why: GoBack) -> None:
     )
     passed_over = progress.passed_over | {bad}
     run.checkpointer.load(path, convert=True)
+    if left := [name for name in run.checkpointer.lacked if name.startswith("hooks.")]:
+        # One of this process has all; it is damaged or gone, and an older one would leave these at the later step.
+        lacks = f"{path}, the last good checkpoint, has no state of {', '.join(left)}: all cannot be put back to it"
+        raise TrainingStopped(f"step {why.found}: {why.what}; {lacks}")
     progress.passed_over |= passed_over
     progress.start_clock(seconds)
     run.saved_at = progress.step

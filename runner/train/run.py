@@ -132,12 +132,16 @@ class Run:
     #: Whether a checkpoint is being written in the background, and whether its end is known to all processes.
     in_flight: bool = False
     save_ended: bool = False
+    #: Whether the next exchange gives flags from before the last save began: they tell of the one before that.
+    flags_before_save: bool = False
     #: Those that are complete as far as this process knows, and that the hooks were not told of.
     written: list[Path] = field(default_factory=list)
     evaluation_asked: bool = False
     saving_asked: bool = False
     #: Names of buffers that were not finite from the start.
     never_finite: frozenset[str] = frozenset()
+    #: What was not finite before this process made a step, in words: `weights or optimizer state`, `hooks.NAME`.
+    spoilt_at_start: frozenset[str] = frozenset()
     #: The step (from 0) at which this process began.
     first_step: int = 0
     #: Seconds from the start of the program to the first step.
@@ -181,18 +185,22 @@ class Run:
         """Takes what an exchange of all processes said: how many were asked to end, want to save, could not write
         the checkpoint in flight, have written it.
         """
-        if terminated or interrupted:
-            self.agreed_signal = signal.SIGINT if interrupted else signal.SIGTERM
+        self._hear(terminated, interrupted)
         if save:
             self.save_soon()
-        if self.in_flight and (failed or written == self.engine.mesh.data_size):
+        of_another, self.flags_before_save = self.flags_before_save, False
+        if self.in_flight and not of_another and (failed or written == self.engine.mesh.data_size):
             self.save_ended = True
+
+    def _hear(self, terminated: float, interrupted: float) -> None:
+        if terminated or interrupted:
+            self.agreed_signal = signal.SIGINT if interrupted else signal.SIGTERM
 
     def ends_now(self) -> bool:
         """Whether a signal to any process ends the training: asked where there is no exchange, by all together."""
         if self.engine.mesh.data_size > 1:
             terminated, interrupted = distributed.total(torch.tensor(self.asked).int()).tolist()
-            self.agree(terminated, interrupted)
+            self._hear(terminated, interrupted)
         return self.ending is not None
 
     # Loss, metrics and progress are the same on all processes, so what follows from them alone is asked for by all of

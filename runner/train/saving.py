@@ -33,7 +33,7 @@ def save(run: Run, *, last: bool = False) -> list[Path]:
     run.folder.state("saving", step=step)
     run.heartbeat.beat(SAVING, step)
     found: list[Path] = []
-    if check_weights(run):
+    if check_weights(run, last=last):
         # What a crash leaves of the records must have at least those up to the checkpoint.
         run.trackers.flush()
         try:
@@ -44,6 +44,7 @@ def save(run: Run, *, last: bool = False) -> list[Path]:
                 wait=last or not run.settings.saves_async,
             )
             run.saved_at, run.in_flight = step, path is None
+            run.flags_before_save = run.engine.flags_late
             found = [] if path is None else [path]
         except SaveFailed as error:
             _failed(run, error, last)

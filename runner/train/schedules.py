@@ -56,10 +56,14 @@ def _warm(optimizer: Optimizer, total: int, warmup: float, decay: Callable[[floa
 
 
 class Schedule:
-    """Moves a scheduler once an optimizer step that was not skipped; a metric scheduler once an evaluation."""
+    """Moves a scheduler once an optimizer step that was not skipped; a metric scheduler once an evaluation.
 
-    def __init__(self, scheduler: LRScheduler | None, metric: str = "loss") -> None:
+    `length` are the steps of the run, where the scheduler may have been made for so many.
+    """
+
+    def __init__(self, scheduler: LRScheduler | None, metric: str = "loss", length: int | None = None) -> None:
         self._scheduler = scheduler
+        self._length = length
         self._metric = metric
         by_metric = isinstance(scheduler, ReduceLROnPlateau)
         self.step: Callable[[], Any] = _nothing if scheduler is None or by_metric else scheduler.step
@@ -81,11 +85,10 @@ class Schedule:
 
     def state_dict(self) -> dict[str, Any]:
         """What the scheduler holds now, and what it held as configured: options that change are not carried over."""
-        return (
-            {}
-            if self._scheduler is None
-            else {"now": _plain(self._scheduler.state_dict()), "configured": self._configured, "kind": self._kind}
-        )
+        if self._scheduler is None:
+            return {}
+        known = {"configured": self._configured, "kind": self._kind, "length": self._length}
+        return {"now": _plain(self._scheduler.state_dict()), **known}
 
     @property
     def _kind(self) -> str:
@@ -94,17 +97,18 @@ class Schedule:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes what was saved, but for what the configuration now sets otherwise.
 
-        Where options differ, such as the length of a curve when a run is extended, the rate is the one to which the
-        same number of steps would have led with the new ones: torch's schedulers go on from the rate before, which
-        is on the old curve, and at its end is 0.
+        Where the run has another length, and options follow from it, the rate is the one to which the same number of
+        steps would have led with the new ones: torch's schedulers go on from the rate before, which is on the old
+        curve, and at its end is 0.
         """
         scheduler = self._scheduler
         self._new = scheduler is not None and (not state or state.get("kind", self._kind) != self._kind)
         if scheduler is None or self._new:
             return
-        if self._plateau is None and not isinstance(scheduler, LambdaLR):
-            if _changed(self._configured, state["configured"]):
-                return self._go_to(scheduler, _steps(state["now"]))
+        longer = state.get("length") not in (None, self._length)
+        if longer and not isinstance(scheduler, LambdaLR) and _changed(self._configured, state["configured"]):
+            self._go_to(scheduler, _steps(state["now"]))
+            return
         live = scheduler.state_dict()
         scheduler.load_state_dict(_merged(live, self._configured, state["configured"], state["now"]))
         if isinstance(scheduler, LambdaLR):

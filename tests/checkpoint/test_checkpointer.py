@@ -152,7 +152,7 @@ def test_what_no_reader_would_take_is_not_saved(tmp_path: Path, monkeypatch: pyt
     good = saver.save(1)
     monkeypatch.setattr(manifest, limit, 1000)
     keeper.state = [[number] for number in range(1200)]
-    with pytest.raises(SaveFailed, match="most of it is the state of hooks.keeper"):
+    with pytest.raises(SaveFailed, match=r"most of it is the state of hooks\.keeper"):
         saver.save(2)
     assert saver.latest() == good
     assert names(tmp_path) == [good.name]
@@ -336,6 +336,30 @@ def test_a_saved_checkpoint_counts_where_older_ones_cannot_be_looked_at(
     assert saver.finish() == ([] if waits else [tmp_path / "step_00000001"])
     assert saver.latest() == tmp_path / "step_00000001"
     assert "older checkpoints could not be looked at: Input/output error" in caplog.text
+
+
+def test_pruning_says_where_older_checkpoints_cannot_be_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*arguments: Any) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    saver = Checkpointer(tmp_path, {"box": Box({"w": torch.ones(4)})})
+    monkeypatch.setattr(store, "candidates", broken)
+    assert saver.prune() == []
+    assert "older checkpoints could not be looked at: Input/output error" in caplog.text
+
+
+def test_what_a_checkpoint_lacked_is_known(tmp_path: Path) -> None:
+    box, new = Box({"w": torch.ones(4)}), Box({"v": torch.ones(2)})
+    one = Checkpointer(tmp_path, {"box": box}).save(1)
+    saver = Checkpointer(tmp_path, {"box": box, "hooks.new": new}, optional=["hooks.*"])
+    assert (saver.loaded, saver.lacked) == (None, ())
+    saver.load(one)
+    assert (saver.loaded, saver.lacked) == (one, ("hooks.new",))
+    assert saver.save(1) == one
+    saver.load(one)
+    assert (saver.loaded, saver.lacked) == (one, ())
 
 
 def test_a_training_goes_on_bit_for_bit(tmp_path: Path) -> None:

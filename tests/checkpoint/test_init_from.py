@@ -235,6 +235,10 @@ def test_no_pattern_takes_long() -> None:
         ({"path": "a", "rename": {"a": "*"}}, "init_from.rename", "has more * than"),
         ({"path": "a", "rename": {"*.*.*.*.*": "a"}}, "init_from.rename", "has too many stars"),
         ({"path": "a", "only": "b"}, "init_from.only", "must be a list of texts"),
+        ({"path": "a", "only": [0.0]}, "init_from.only", "must be a list of texts"),
+        ({"path": "a", "rename": {0: "b"}}, "init_from.rename", "must be a mapping of texts"),
+        ({"path": 7}, "init_from.path", "must be a path"),
+        ({"path": "a", "revision": 1234567}, "init_from.revision", "must be a text"),
         ({"path": "a", "part": "optimizer"}, "init_from.part", "must be model, or ema"),
         ({"path": "a", "file": "b"}, "init_from.file", "unknown key"),
     ],
@@ -244,6 +248,7 @@ def test_what_is_asked_wrongly(asked: dict[str, Any], key: str, why: str) -> Non
         Asked.of(asked)
     assert [problem.key for problem in caught.value.problems] == [key]
     assert why in caught.value.problems[0].why
+    assert caught.value.problems[0].fix
 
 
 def test_only_some(tmp_path: Path) -> None:
@@ -253,6 +258,13 @@ def test_only_some(tmp_path: Path) -> None:
     assert model[0].weight.equal(known["0.weight"])
     assert not model[3].bias.equal(known["3.bias"])
     assert (done[:14], left) == ("2 of 4 tensors", [])
+
+
+def test_only_what_the_model_does_not_have(tmp_path: Path) -> None:
+    save_file(values(), tmp_path / "a.safetensors")
+    for strict in (True, False):
+        told = refused({"path": "a.safetensors", "only": ["zzz"], "strict": strict}, tmp_path, mlp())
+        assert told.startswith("init_from.only: matches no name of the model, which has 0.weight, 0.bias")
 
 
 @pytest.mark.parametrize("stored", ["embed.weight", "head.weight"])
@@ -449,6 +461,7 @@ def test_what_does_not_fit_leaves_no_folder(job: Job, tmp_path: Path) -> None:
         (["init_from={file: a}"], "unknown key"),
         (["init_from={path: a, rename: {a+b: b}}"], "is no pattern of names"),
         (["init_from=3"], "must be"),
+        (["init_from={path: smoke, only: [0.]}"], "fix: write only: ['0.', head]; put names that look like numbers in"),
     ],
 )
 def test_on_the_command_line(

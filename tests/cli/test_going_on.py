@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 Cli = Callable[..., int]
 
@@ -150,3 +152,184 @@ def test_a_signal_before_the_first_step_has_nothing_to_save(tmp_path: Path) -> N
     output, _ = process.communicate(timeout=20)
     assert process.returncode == 75, output
     assert "before the first step: nothing to save" in output
+
+
+# --- links ------------------------------------------------------------------------------------------------------------
+
+DIES = """
+import os
+from runner.train.hook import Hook
+class Dies(Hook):
+    def on_step_end(self, run):
+        if run.progress.step == 2 and not os.path.exists("died"):
+            open("died", "w").close()
+            raise ValueError("once")
+"""
+
+
+def to_go_on(told: str) -> list[str]:
+    """The words of the command that a run prints."""
+    (line,) = [line for line in told.splitlines() if line.startswith("to go on: ")]
+    return shlex.split(line.removeprefix("to go on: python -m runner "))
+
+
+def latest(folder: Path) -> Path:
+    return (folder / "runs" / "latest").resolve()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["init_from=runs/latest"],
+        ["init_from={path: runs/latest, strict: false}"],
+        ["init_from.path=runs/latest"],
+        ["resume=runs/latest", "train.steps=6"],
+    ],
+)
+def test_latest_is_never_the_new_run_itself(
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    (tmp_path / "dies.py").write_text(DIES.replace("== 2", ">= 2"))
+    given = ["+recipe=smoke", "train.steps=4", "checkpoint.every=null"]
+    assert cli(*given) == 0
+    old = latest(tmp_path)
+    capsys.readouterr()
+    command = [*given, *words, "hooks.dies={_target_: dies.Dies}"]
+    if words[0].startswith("init_from.path"):
+        (tmp_path / "recipes").mkdir()
+        (tmp_path / "recipes" / "mine.yaml").write_text("defaults: [smoke]\ninit_from: {path: gone/by/now}\n")
+        command[0] = "+recipe=mine"
+    assert cli(*command) == 1
+    new = latest(tmp_path)
+    assert new != old
+    assert not (new / "checkpoints").exists() or not list((new / "checkpoints").iterdir())
+    key = words[0].partition("=")[0].partition(".")[0]
+    saved = yaml.safe_load((new / "config.yaml").read_text())[key]
+    assert (saved["path"] if isinstance(saved, dict) else saved) == str(old)
+    printed = to_go_on(capsys.readouterr().out)
+    assert any(word in (f"{key}={old}", f"{key}.path={old}") for word in printed)
+    assert cli(*printed) == 0
+    told = capsys.readouterr().out
+    assert ("init_from: 4 of 4 tensors" in told) == (key == "init_from")
+    assert str(old.relative_to(tmp_path)) in told
+    assert json.loads((new / "summary.json").read_text())["steps"] == (6 if key == "resume" else 4)
+
+
+def test_latest_in_a_recipe(cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "dies.py").write_text(DIES)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.yaml").write_text("defaults: [smoke]\ninit_from: runs/latest\n")
+    assert cli("+recipe=smoke", "train.steps=4") == 0
+    old = latest(tmp_path)
+    capsys.readouterr()
+    assert cli("+recipe=mine", "train.steps=4", "hooks.dies={_target_: dies.Dies}") == 1
+    printed = to_go_on(capsys.readouterr().out)
+    assert f"init_from={old}" in printed
+    assert cli(*printed) == 0
+    assert f"from {old}" in capsys.readouterr().out
+
+
+def test_a_restart_in_place_begins_from_what_latest_was(tmp_path: Path) -> None:
+    (tmp_path / "dies.py").write_text(DIES)
+    start = [sys.executable, "-m", "runner", "+recipe=smoke", "train.steps=4", "checkpoint.every=null"]
+    subprocess.run(start, cwd=tmp_path, check=True, timeout=60)
+    old = latest(tmp_path)
+    words = ["init_from=runs/latest", "hooks.dies={_target_: dies.Dies}", "launch.max_restarts=2"]
+    done = subprocess.run([*start, *words], cwd=tmp_path, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"from {old}") == 2
+
+
+def test_the_jobs_of_a_sweep_begin_from_what_latest_was(
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli("+recipe=smoke", "train.steps=4") == 0
+    old = latest(tmp_path)
+    assert cli("-m", "+recipe=smoke", "train.steps=2", "init_from=runs/latest", "seed=1,2") == 0
+    (new,) = {path.resolve() for path in (tmp_path / "runs").iterdir()} - {old}
+    jobs = sorted(new.glob("*/config.yaml"))
+    assert [yaml.safe_load(path.read_text())["init_from"] for path in jobs] == [str(old)] * 2
+    assert f"init_from={old}" in (jobs[0].parent / "overrides.txt").read_text()
+
+
+def test_the_command_that_was_typed_means_the_same_in_its_folder(
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever `runs/latest` is by then, and whatever was typed in between."""
+    first, typed = ["+recipe=smoke", "train.steps=4"], ["+recipe=smoke", "run_dir=r", "resume=runs/latest"]
+    assert cli(*first) == 0
+    old = latest(tmp_path)
+    assert cli(*typed, "train.steps=6") == 0
+    assert cli(*first, "seed=9") == 0
+    assert latest(tmp_path) != old
+    capsys.readouterr()
+    assert cli(*typed, "train.steps=8") == 0
+    assert "goes on  after step 6, from r/checkpoints/step_00000006" in capsys.readouterr().out
+    assert cli(*first, "run_dir=r", f"resume={old}", "train.steps=10") == 0
+    assert "goes on  after step 8" in capsys.readouterr().out
+    assert cli(*typed, "train.steps=12") == 0
+    assert "goes on  after step 10" in capsys.readouterr().out
+    assert not list((tmp_path / "r" / "checkpoints").glob("left-*"))
+    assert cli(*typed, "train.steps=12") == 0
+    assert "already complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["resume", "init_from"])
+def test_a_run_without_a_checkpoint_still_knows_what_was_meant(
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    (tmp_path / "dies.py").write_text(DIES.replace("== 2", ">= 2"))
+    assert cli("+recipe=smoke", "train.steps=2") == 0
+    old = latest(tmp_path)
+    words = ["+recipe=smoke", "run_dir=r", "train.steps=4", f"{key}=runs/latest", "checkpoint.every=null"]
+    words += ["hooks.dies={_target_: dies.Dies}"]
+    assert cli(*words) == 1
+    assert cli("+recipe=smoke", "train.steps=2", "seed=9") == 0
+    assert latest(tmp_path) != old
+    capsys.readouterr()
+    assert cli(*words) == 0
+    assert str(old.relative_to(tmp_path)) in capsys.readouterr().out
+
+
+def test_a_run_of_before_that_says_latest_goes_on(
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from runner.recipe import links
+
+    typed = ["+recipe=smoke", "run_dir=r", "resume=runs/latest"]
+    assert cli("+recipe=smoke", "train.steps=4") == 0
+    with monkeypatch.context() as without:
+        without.setattr(links, "follow", lambda *given: None)
+        assert cli(*typed, "train.steps=6") == 0
+    assert yaml.safe_load((tmp_path / "r" / "config.yaml").read_text())["resume"] == "runs/latest"
+    assert cli("+recipe=smoke", "train.steps=4", "seed=9") == 0
+    capsys.readouterr()
+    assert cli(*typed, "train.steps=8") == 0
+    assert "goes on  after step 6" in capsys.readouterr().out
+
+
+def test_only_paths_with_links_are_changed(tmp_path: Path) -> None:
+    from runner.recipe.links import command, follow
+
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "abc").touch()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").symlink_to(tmp_path / "blobs" / "abc")
+    (tmp_path / "it's, here").mkdir()
+    (tmp_path / "link").symlink_to("it's, here")
+    (tmp_path / "auto").symlink_to("model")
+    for value in ("model", "./model", "model/model.safetensors", "gone", "org/name", "auto", "a\0b", "x" * 5000):
+        config, written = {"resume": value, "init_from": None}, {"resume": value, "init_from": None}
+        follow(config, written, tmp_path)
+        assert config == written == {"resume": value, "init_from": None}
+    config, written = {"resume": "auto", "init_from": "link"}, {"resume": "auto", "init_from": "${oc.env:PLACE}"}
+    follow(config, written, tmp_path)
+    there = str(tmp_path.resolve() / "it's, here")
+    assert (config["init_from"], written["init_from"]) == (there, "link")
+    from runner.recipe.overrides import parse
+
+    assignments, problems = parse(command(["init_from=link", "seed=1"], config, written))
+    assert ([one.value for one in assignments], problems) == ([there, 1], [])
+    secret = {"resume": "auto", "init_from": "link"}
+    follow(secret, hidden := {"resume": "auto", "init_from": "${oc.env:MY_TOKEN}"}, tmp_path)
+    assert (secret["init_from"], hidden["init_from"]) == (there, "${oc.env:MY_TOKEN}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -84,6 +85,66 @@ def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=10)
     assert process.returncode == 143, output
+
+
+RESTARTS = """
+import os, signal, time
+from runner.train.hook import Hook
+if os.path.exists("died") and not os.path.exists("imports"):
+    open("imports", "w").close()
+    time.sleep(30)
+class Dies(Hook):
+    def on_step_end(self, run):
+        if run.progress.step == 7 and not os.path.exists("died"):
+            open("died", "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_signal_in_the_start_of_a_restart_loses_nothing(tmp_path: Path) -> None:
+    (tmp_path / "dies.py").write_text(RESTARTS)
+    words = ["launch.max_restarts=2", "checkpoint={every: {steps: 2}, async: false}", "train.steps=20"]
+    process = _start(tmp_path, "hooks.dies={_target_: dies.Dies}", *words)
+    until = time.monotonic() + 60
+    while not (tmp_path / "imports").exists() and time.monotonic() < until and process.poll() is None:
+        time.sleep(0.02)
+    (run,) = {path.resolve() for path in (tmp_path / "runs").iterdir()}
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], "killed (SIGKILL)" in status["reason"]) == ("failed", True)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 75, output
+    assert "nothing to save" not in output
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("interrupted", "SIGTERM")
+    (line,) = [line for line in output.splitlines() if line.startswith("to go on: ")]
+    command = shlex.split(line.removeprefix("to go on: python "))
+    again = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=90)
+    assert again.returncode == 0, again.stderr
+    assert "goes on  after step 6" in again.stdout
+    assert {path.resolve() for path in (tmp_path / "runs").iterdir()} == {run}
+
+
+def test_a_second_signal_under_a_parent_says_how_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import time\n"
+        "from runner.train.hook import Hook\n"
+        "class Slow(Hook):\n"
+        "    def on_step_end(self, run):\n"
+        "        if run.progress.step == 3:\n"
+        "            for _ in range(600):\n"
+        "                time.sleep(0.1)\n"
+    )
+    process = _start(tmp_path, "run_dir=r", "hooks.slow={_target_: slow.Slow}", "launch.max_restarts=1")
+    _wait_for_steps(tmp_path / "r", 3, process)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.8)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=10)
+    assert process.returncode == 143, output
+    assert output.count("to go on: python -m runner ") == 1
+    status = json.loads((tmp_path / "r" / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("interrupted", "SIGTERM")
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from small import Result, config, engine, spec
+from processes import run_ranks
+from small import Result, config, engine, mlp, spec
 from small import run as make_run
 from torch import Tensor, nn
 
-from guarantees.cases_g10 import cases, run_all
+from guarantees.cases_g10 import _saved, cases, run_all
+from runner import distributed
 from runner.data.order import Order
 from runner.engine.precision import PRECISIONS, LossScaling
 from runner.errors import TrainingStopped
@@ -340,3 +342,216 @@ def test_early_stopping_after_a_rollback_counts_the_evaluations_that_are_left(jo
     skip = job("skip", **settings, nan="skip", hooks=hooks(nan=nan(3), stop=stop))
     assert back.summary["steps"] == skip.summary["steps"] == 4
     assert [line["step"] for line in back.eval] == [line["step"] for line in skip.eval] == [1, 2, 3, 4]
+
+
+# --- hooks that come later ------------------------------------------------------------------------------------------
+
+
+def test_rollback_puts_back_a_hook_that_was_added_on_resume(job: Job) -> None:
+    """The checkpoint that the run goes on from has no state of it; one is saved that has, before the first step."""
+    settings = {**HARD, "checkpoint__every": None, "nan": "rollback"}
+    assert job(**settings, hooks=hooks(end=spec("small.Interrupt", step=4))).code == 75
+    added = {"ema": EMA, "seen": spec("guarantees.test_g10_not_finite.Seen")}
+    result = job(**settings, hooks=hooks(**added, nan=nan(8)))
+    assert result.code == 0
+    assert [line["back_to"] for line in journal(result)] == [4]
+    assert extra(result)["hooks.seen"]["steps"] == list(range(5, 15))
+
+
+def test_rollback_refuses_a_checkpoint_that_lacks_a_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path, hooks={"nan": Nan(5)}, settings={"nan": "rollback"}, save=True)
+    assert run.checkpointer is not None
+    load = run.checkpointer.load
+
+    def lacking(*arguments: Any, **more: Any) -> Any:
+        found = load(*arguments, **more)
+        run.checkpointer.lacked = ("hooks.new", "trackers.new")  # type: ignore[union-attr]
+        return found
+
+    monkeypatch.setattr(run.checkpointer, "load", lacking)
+    with pytest.raises(TrainingStopped, match=r"step_00000000, the last good .*has no state of hooks\.new: all cannot"):
+        train(run)
+
+
+# --- what hooks keep of the weights ---------------------------------------------------------------------------------
+
+
+class SpoilAverages(Hook):
+    """Writes a value into the averages that this process has, once; only the last process does."""
+
+    def __init__(self, step: int, value: float = math.nan) -> None:
+        self.step, self.value, self.done = step, value, False
+
+    def on_step_end(self, run: Run) -> None:
+        if run.progress.step == self.step and not self.done and distributed.rank() == distributed.world_size() - 1:
+            self.done = True
+            next(part for part in run.hooks["ema"]._averages if part.numel()).view(-1)[0] = self.value
+
+
+class Keeps(Hook):
+    """What is not finite for good reasons: no best loss yet, losses of steps that were left out."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "best": torch.tensor(math.inf),
+            "losses": torch.tensor([1.0, math.nan]),
+            "0.bias": torch.tensor(-math.inf),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def spoilt_averages(**arguments: Any) -> dict[str, Any]:
+    return hooks(ema=EMA, spoil=spec("guarantees.test_g10_not_finite.SpoilAverages", **arguments))
+
+
+def not_finite_in(result: Path) -> list[str]:
+    return [name for name in _saved(result / "checkpoints")[0] if "hooks.ema" in name]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("policy", ["stop", "skip", "rollback", "ignore"])
+def test_averages_that_are_not_finite_are_not_saved(job: Job, policy: str, value: float) -> None:
+    result = job(**HARD, nan=policy, hooks=spoilt_averages(step=5, value=value))
+    assert not_finite_in(result.path) == []
+    steps = _saved(result.path / "checkpoints")[1]
+    if policy == "rollback":
+        assert (result.code, steps) == (0, [12, 14])
+        (line,) = journal(result)
+        assert (line["step"], line["back_to"], line["weights_finite"], line["hooks"]) == (6, 3, True, ["hooks.ema"])
+    elif policy == "ignore":
+        assert (result.code, steps) == (0, [3])
+    else:
+        assert (result.code, steps) == (1, [3])
+        assert "step 6: hooks.ema is not finite; they were not saved" in result.summary["error"]
+        assert "Look at what writes the state of hooks.ema, or" in result.summary["error"]
+        assert "amples" not in result.summary["error"]
+
+
+def test_hooks_may_hold_what_is_not_finite_and_is_no_average(job: Job) -> None:
+    result = job(**HARD, hooks=hooks(keeps=spec("guarantees.test_g10_not_finite.Keeps")))
+    assert (result.code, _saved(result.path / "checkpoints")[1]) == (0, [12, 14])
+
+
+def of_two(folder: Path) -> Any:
+    """FSDP, the last process's part of an average spoilt: what became of it, and what is in the checkpoints."""
+    from contract.training import OPTIONS
+
+    from runner.assemble import assemble, check
+    from runner.distributed import Ranks
+    from runner.folder import Bystander, RunFolder
+
+    rank = distributed.rank()
+    plain = config(
+        backend={"name": "fsdp", **OPTIONS["fsdp"], "replicas": 1},
+        train={"epochs": None, "steps": 6},
+        batch={"global_size": 8, "micro_size": 4},
+        checkpoint__every={"steps": 2},
+        hooks=spoilt_averages(step=3),
+    )
+    made = assemble(
+        plain, check(plain, Ranks(rank, 2, rank, 2)), RunFolder(folder) if rank == 0 else Bystander(folder), resume=None
+    )
+    made.trackers.start(folder, 0, {})
+    try:
+        train(made)
+    except TrainingStopped as error:
+        return str(error).partition(";")[0], _saved(folder / "checkpoints")
+    finally:
+        made.engine.backend.close()
+
+
+def test_a_part_of_an_average_on_one_process_is_enough(tmp_path: Path) -> None:
+    assert run_ranks(of_two, 2, tmp_path) == [("step 4: hooks.ema is not finite", ([], [2]))] * 2
+
+
+# --- what the words say ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
+def test_weights_that_were_spoilt_from_the_start_name_where_they_come_from(
+    job: Job, tmp_path: Path, policy: str
+) -> None:
+    from safetensors.torch import save_file
+
+    weights = {name: value.clone() for name, value in mlp().state_dict().items()}
+    weights["0.weight"][0, 0] = math.nan
+    save_file(weights, tmp_path / "bad.safetensors")
+    result = job(**HARD, nan=policy, init_from=str(tmp_path / "bad.safetensors"))
+    error = result.summary["error"]
+    assert result.code == 1
+    assert error.endswith(f"They were so before the first step: they come from init_from={tmp_path}/bad.safetensors.")
+    assert result.summary["steps"] == 0
+    assert not list((result.path / "checkpoints").glob("step_*"))
+
+
+@pytest.mark.parametrize("policy", ["stop", "rollback"])
+def test_a_checkpoint_that_is_spoilt_is_named(tmp_path: Path, policy: str) -> None:
+    before = make_run(tmp_path, save=True)
+    before.progress.step = 2
+    fill_weight(before)
+    assert before.checkpointer is not None
+    path = before.checkpointer.save(2)
+    run = make_run(tmp_path, save=True, settings={"nan": policy})
+    assert run.checkpointer is not None
+    run.checkpointer.load(path)
+    with pytest.raises(TrainingStopped, match=f"step 3: .*before the first step: they come from the checkpoint {path}"):
+        train(run)
+
+
+def fill_weight(run: Run) -> None:
+    with torch.no_grad():
+        next(run.engine.model.parameters()).fill_(math.nan)
+
+
+class SpoilWeight(Hook):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, run: Run) -> None:
+        if run.progress.step == self.step:
+            fill_weight(run)
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_no_samples_are_blamed_for_weights_that_an_update_has_spoilt(job: Job, step: int) -> None:
+    """Found in the loss of the step after it, or before a checkpoint."""
+    spoil = spec("guarantees.test_g10_not_finite.SpoilWeight", step=step)
+    result = job(**HARD, hooks=hooks(spoil=spoil))
+    error = result.summary["error"]
+    assert error.endswith("Lower optimizer.lr, set grad_clip, or leave such steps out with nan=rollback.")
+    assert "amples" not in error
+
+
+def test_samples_are_named_where_they_may_be_to_blame(job: Job) -> None:
+    error = job(**HARD, hooks=hooks(nan=nan(2))).summary["error"]
+    assert "Samples " in error
+    assert error.endswith("look at those samples, or leave such steps out with nan=skip or nan=rollback.")
+
+
+# --- a signal under ignore ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [5, 6])
+def test_a_signal_without_its_checkpoint_is_a_failure(job: Job, step: int) -> None:
+    """75 says that there is one; step 6 is also one at which a checkpoint is due."""
+    spoil = spec("guarantees.test_g10_not_finite.SpoilWeight", step=4)
+    result = job(**HARD, nan="ignore", hooks=hooks(spoil=spoil, end=spec("small.Interrupt", step=step)))
+    assert result.code == 1
+    assert (
+        f"step {step}: weights or optimizer state are not finite, so the run that a signal" in result.summary["error"]
+    )
+    assert "step_00000003" in result.summary["error"]
+
+
+def test_a_signal_after_the_last_step_changes_nothing_under_ignore(tmp_path: Path) -> None:
+    run = make_run(tmp_path, settings={"nan": "ignore"}, steps=4, save=True)
+    run.events["on_step_end"] += (SpoilWeight(2).on_step_end,)
+
+    def interrupt(run: Run, metrics: Any) -> None:
+        run.signal = 15
+
+    run.events["on_step_end"] += (lambda run: run.progress.step == 4 and run.evaluate_soon(),)
+    run.events["on_eval_end"] += (interrupt,)
+    train(run)
+    assert run.complete

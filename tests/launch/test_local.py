@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import socket
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,104 @@ def test_those_that_save_get_time(start: Start) -> None:
     done = parent.end()
     assert (done.code, done.err) == (75, "")
     assert done.seconds > 4
+
+
+#: A run with a folder, whose second attempt only starts. The parent's own `works`, in its folder.
+AGAIN = """
+import json, os, signal, time
+from pathlib import Path
+from runner.heartbeat import TRAIN, Heartbeat
+from runner.launch.failure import tell_run
+from runner.launch.report import BEAT, Report, file_of
+
+def work(plan, ranks):
+    run = Path("run")
+    if ranks.attempt:
+        Path(f"ready_{ranks.rank}").touch()
+        time.sleep(60)
+    (run / "logs").mkdir(parents=True)
+    status = {"state": "running", "step": 6, "pid": os.getpid()}
+    (run / "status.json").write_text(json.dumps(status))
+    (run / "summary.json").write_text(json.dumps({"status": "completed", "steps": 4}))
+    tell_run(plan, run, "python -m runner run_dir=run")
+    Heartbeat(Report(plan.report).path(file_of(ranks.rank, BEAT))).beat(TRAIN, 7)
+    if plan.config["do"] == "deaf":
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+        Path(f"ready_{ranks.rank}").touch()
+        for _ in range(600):
+            time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture
+def run_again(tmp_path: Path) -> Iterator[Callable[..., Parent]]:
+    """Starts AGAIN in one process."""
+    found: list[Parent] = []
+
+    def begin(do: str, restarts: int, *, as_json: bool = False) -> Parent:
+        (tmp_path / "works.py").write_text(AGAIN)
+        (tmp_path / "tmp").mkdir()
+        config = {"name": "mlp", "do": do, "launch": {"max_restarts": restarts}}
+        plan = WorkPlan(config, {}, [], str(tmp_path), 0.0, json=as_json)
+        found.append(Parent(tmp_path, 1, plan, {"PYTHONPATH": f"{tmp_path}:{HERE}:{ROOT}"}))
+        return found[0]
+
+    yield begin
+    for parent in found:
+        parent.process.kill()
+        parent.process.communicate()
+
+
+def read(path: Path) -> dict[str, object]:
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_signal_after_a_restart_says_how_to_go_on(run_again: Callable[..., Parent], as_json: bool) -> None:
+    parent = run_again("kill", 2, as_json=as_json)
+    parent.wait_for("ready")
+    run = parent.folder / "run"
+    status, summary = read(run / "status.json"), read(run / "summary.json")
+    assert (status["state"], summary["status"]) == ("failed", "failed")  # a start that is killed has said nothing else
+    assert "killed (SIGKILL)" in f"{status['reason']}"
+    assert "killed (SIGKILL)" in f"{summary['error']}"
+    parent.process.send_signal(signal.SIGTERM)
+    done = parent.end()
+    assert done.code == 75
+    assert "to go on: python -m runner run_dir=run\n" in (done.err if as_json else done.out)
+    assert as_json == (done.out == "")
+    assert {"state": "interrupted", "reason": "SIGTERM", "step": 6}.items() <= read(run / "status.json").items()
+    assert read(run / "summary.json") == {"status": "interrupted", "steps": 4}
+    assert parent.left() == []
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_second_signal_says_how_to_go_on(run_again: Callable[..., Parent], refuses: bool) -> None:
+    parent = run_again("deaf", 0)
+    parent.wait_for("ready")
+    run = parent.folder / "run"
+    if refuses:
+        (run / "status.json").unlink()
+        (run / "status.json").mkdir()  # it cannot be replaced by a file
+    for _ in range(2):
+        parent.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+    done = parent.end()
+    assert (done.code, done.out, done.err) == (143, "to go on: python -m runner run_dir=run\n", "")
+    if not refuses:
+        assert {"state": "interrupted", "reason": "SIGTERM", "step": 6}.items() <= read(run / "status.json").items()
+    assert read(run / "summary.json") == {"status": "completed", "steps": 4}
+
+
+def test_a_restart_that_fails_in_its_start_says_how_to_go_on(run_again: Callable[..., Parent]) -> None:
+    parent = run_again("kill", 1)
+    parent.wait_for("ready")
+    os.kill(parent.children()[0], signal.SIGKILL)
+    done = parent.end()
+    assert (done.code, done.out) == (1, "to go on: python -m runner run_dir=run\n")
+    assert "(after restart 1)" in last_line(done.err)
+    assert "(after restart 1)" in f"{read(parent.folder / 'run' / 'status.json')['reason']}"
 
 
 def test_nobody_outlives_a_killed_parent(start: Start) -> None:

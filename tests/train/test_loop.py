@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import signal
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ import torch
 from small import run as make_run
 from torch import nn
 
+from runner.checkpoint import store
 from runner.hooks.evaluation import Evaluation
 from runner.train import loop
 from runner.train.hook import EVENTS, Hook
@@ -115,6 +117,61 @@ def test_an_exception_is_shown_to_all_hooks_and_goes_on(tmp_path: Path) -> None:
         train(make_run(tmp_path, hooks={"a": hook, "b": other}))
     assert hook.events == ["run_start @0", "epoch_start 0 @0", "step_start @0", "exception KeyError @0"]
     assert other.events == ["run_start @0", "epoch_start 0 @0", "exception KeyError @0"]
+
+
+@pytest.mark.parametrize("also", [KeyError("another"), SystemExit("another")])
+def test_a_hook_that_fails_when_told_of_an_error_hides_it_from_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, also: BaseException
+) -> None:
+    def fail(run: Run) -> None:
+        raise ValueError("the true cause")
+
+    def fail_too(run: Run) -> None:
+        raise also
+
+    hooks = {"a": Told(step_end=fail), "bad": Told(exception=fail_too), "c": Told()}
+    run = make_run(tmp_path, hooks=hooks)
+    with caplog.at_level(logging.WARNING, "runner"), pytest.raises(ValueError, match="the true cause"):
+        train(run)
+    assert [hook.events[-1] for hook in hooks.values()] == ["exception ValueError @1"] * 3
+    (warning,) = [record.message for record in caplog.records]
+    assert warning.startswith("hooks.bad.on_exception failed as well, while an error was shown to it: ")
+    assert type(also).__name__ in warning
+
+
+def test_a_checkpoint_that_is_told_of_after_an_error_does_not_hide_it(tmp_path: Path) -> None:
+    def fail(run: Run) -> None:
+        if run.progress.step == 3:
+            raise ValueError("the true cause")
+
+    def fail_too(run: Run) -> None:
+        if run.progress.step == 3:
+            raise KeyError("another")
+
+    hook, settings = Told(checkpoint_saved=fail_too, step_end=fail), {"saves_async": True}
+    run = make_run(tmp_path, hooks={"a": hook}, save=True, save_every=SaveEvery(steps=2), settings=settings)
+    # It counts as written only once it is waited for.
+    assert run.checkpointer is not None
+    run.checkpointer.poll = list  # type: ignore[method-assign,assignment]
+    with pytest.raises(ValueError, match="the true cause"):
+        train(run)
+    assert hook.events[-2:] == ["checkpoint_saved step_00000002 @3", "exception ValueError @3"]
+
+
+def test_a_finished_run_has_not_failed_where_older_checkpoints_cannot_be_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(make_run(tmp_path, steps=2, save=True))
+    run = make_run(tmp_path, steps=2, save=True)
+    assert run.checkpointer is not None
+    run.checkpointer.load(tmp_path / "checkpoints" / "step_00000002")
+
+    def broken(folder: Path) -> Any:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(store, "candidates", broken)
+    train(run)
+    assert "older checkpoints could not be looked at: Input/output error" in caplog.text
 
 
 def test_evaluation_comes_before_the_checkpoint_also_in_the_last_step(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import mkdtemp
@@ -15,9 +16,11 @@ import torch
 from processes import run_ranks
 from small import Interrupt, Result, engine, mlp
 from small import run as make_run
+from torch import Tensor
 
 from runner import distributed
 from runner.checkpoint import Checkpointer, storage
+from runner.engine.backend import Backend
 from runner.engine.ddp import DDP
 from runner.engine.engine import Engine
 from runner.engine.mesh import Mesh
@@ -295,6 +298,65 @@ def test_two_processes_hear_of_everything_at_the_same_step(on_error: str) -> Non
         assert step in (4, 5, 6)
     else:
         assert (steps, stopped, step) == ([2, 6, 8], None, 8)
+
+
+class Late(Engine):
+    """Its flags are those of the exchange before, as on a GPU."""
+
+    def __init__(self, backend: Backend) -> None:
+        super().__init__(backend)
+        self.flags_late, self._last = True, [0.0] * 5
+
+    def _on_host(self, flags: Tensor) -> list[float]:
+        before, self._last = self._last, flags.tolist()
+        return before
+
+
+class TwoInARow(Hook):
+    """Saves after steps 1 and 2; the first is written when step 2 asks, the second only once step 4 is made."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def on_gradients_ready(self, run: Run) -> None:
+        if run.progress.step == 1:
+            assert run.checkpointer is not None
+            assert run.checkpointer._flight is not None
+            assert run.checkpointer._flight.thread is not None
+            run.checkpointer._flight.thread.join()
+
+    def on_step_end(self, run: Run) -> None:
+        if run.progress.step <= 2:
+            run.save_soon()
+        if run.progress.step == 4:
+            self.event.set()
+
+
+def two_in_a_row() -> list[Any]:
+    rank = distributed.rank()
+    folder, event, told = Path(distributed.broadcast(mkdtemp())), threading.Event(), Told()
+    write: Write = storage.write_file
+
+    def wait(file: Path, *rest: Any) -> Any:
+        if "step_00000002" in str(file):
+            event.wait(5)
+        return write(file, *rest)
+
+    storage.write_file = wait  # type: ignore[assignment]
+    made = Late(DDP(torch.device("cpu"), PRECISIONS["fp32"], Mesh(rank, 2)))
+    made.prepare(mlp, lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
+    hook = TwoInARow(event)
+    run = background(folder, told, hook, engine=made, micro_size=4)
+    run.save_every = SaveEvery()
+    run.folder = RunFolder(folder) if rank == 0 else Bystander(folder)
+    run.train_data._reader, run.train_data._readers = rank, 2
+    started = time.monotonic()
+    train(run)
+    return [[saved for _, saved, _ in told.found], told.found[1][0] >= 4, time.monotonic() - started < 4]
+
+
+def test_flags_of_the_save_before_do_not_make_anybody_wait_for_the_next() -> None:
+    assert run_ranks(two_in_a_row, 2) == [[[1, 2, 8], True, True]] * 2
 
 
 # --- signs of life ----------------------------------------------------------------------------------------------------

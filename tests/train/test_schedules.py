@@ -282,7 +282,7 @@ def test_an_extended_run_has_the_rates_of_one_that_was_planned_so_long(name: str
 
     def fresh(total: int) -> tuple[Optimizer, OptimizerState, Schedule]:
         sgd = SGD(model.parameters(), lr=1.0, momentum=0.9)
-        return sgd, OptimizerState(model, sgd), Schedule(make(sgd, total))
+        return sgd, OptimizerState(model, sgd), Schedule(make(sgd, total), length=total)
 
     _, before, schedule = fresh(20)
     for _ in range(at):
