@@ -72,8 +72,10 @@ def work(plan: WorkPlan, ranks: Ranks = ALONE, store: Store | None = None) -> in
             parts, place = _agreed(plan, ranks)
             if plan.config["debug"]:
                 watch.enter_context(CollectiveWatch(min(60.0, plan.config["launch"]["timeout"])))
+            go_on = _command(plan, _short(place.folder.path, plan))
+            signals.go_on = go_on if ranks.main and not plan.report else None
             if ranks.local_rank == 0:  # each computer's parent: after a restart the first process may be on another
-                tell_run(plan, place.folder.path, _command(plan, _short(place.folder.path, plan)))
+                tell_run(plan, place.folder.path, go_on)
             try:
                 if not place.finished:
                     code = _in_folder(plan, parts, place, ranks, signals, environment)

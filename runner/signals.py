@@ -74,6 +74,8 @@ class Signals:
     over = False
     #: Whether the data are waited for whatever comes.
     patient = False
+    #: The command that goes on, where no parent says it after a second signal.
+    go_on: str | None = None
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -102,6 +104,8 @@ class Signals:
             same = TWICE if self.handed_on else SAME if number == self.received else 0.0
             if time.monotonic() - self._when < same:
                 return
+            if self.go_on is not None:
+                speak_up(f"to go on: {self.go_on}")
             os._exit(at_once(number))
         self.received, self._when = number, time.monotonic()
         if self.over:

@@ -85,6 +85,9 @@ def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=10)
     assert process.returncode == 143, output
+    last = output.rstrip().splitlines()[-1]
+    assert last.startswith("to go on: python -m runner +recipe=smoke"), output
+    assert "run_dir=r" in last
 
 
 RESTARTS = """

@@ -88,7 +88,6 @@ def sent(error: BaseException) -> BaseException:
         ),
         (TrainingStopped("as it must"), "as it must"),
     ],
-    ids=str,
 )
 def test_an_error_of_a_data_worker(what: Any, line: str) -> None:
     error = raised(what)
