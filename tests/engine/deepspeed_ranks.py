@@ -395,15 +395,19 @@ def memory(stage: int) -> dict[str, Any]:
         # What a background thread writes is not what the next call, or a step, changes.
         found[f"{name} shared"] = sum(shares.own(leaf).untyped_storage()._cdata in others for leaf in mine)
         outline = outlined(state)
-        with Bytes() as loading:
-            target = item.template(outline)
-        found[f"{name} target"] = held_bytes(target)
-        for leaf, value in zip(tree_leaves(target), tree_leaves(state), strict=True):
-            if isinstance(leaf, Tensor):
-                shares.own(leaf).copy_(shares.own(value))
-        with loading:
-            item.load_state_dict(target)
-        found[f"{name} loading"] = loading.most
+        most = []
+        for _ in range(3):
+            with Bytes() as loading:
+                target = item.template(outline)
+            found[f"{name} target"] = held_bytes(target)
+            for leaf, value in zip(tree_leaves(target), tree_leaves(state), strict=True):
+                if isinstance(leaf, Tensor):
+                    shares.own(leaf).copy_(shares.own(value))
+            with loading:
+                item.load_state_dict(target)
+            most.append(loading.most)
+        # On a busy computer a thread of gloo's may hold what it has sent for a moment more.
+        found[f"{name} loading"] = min(most)
         found[f"{name} same"] = equal(copied(item.state_dict()), copied(state))
     return found
 

@@ -60,7 +60,9 @@ def test_a_process_alone_is_stopped_for_longer_than_the_timeout(tmp_path: Path) 
 def test_a_data_worker_is_killed(tmp_path: Path) -> None:
     seen = run(tmp_path, "train.steps=40", "data.num_workers=1", "data.train={_target_: trouble.Data, what: kill}")
     assert seen.code == 1
-    advice = r"DataLoader worker .*: (likely|perhaps) out of memory, try a smaller data\.num_workers$"
+    advice = (
+        r"DataLoader worker .*: (likely|perhaps) out of memory, try a smaller data\.num_workers \(in data\.train\)$"
+    )
     assert seen.last.startswith("error: smoke failed after step ")
     assert re.search(advice, seen.last)
     assert re.search(advice, seen.json("summary.json")["error"])
