@@ -414,7 +414,8 @@ def _failed(error: BaseException, run: Run | None, folder: RunFolder, plan: Work
     step = 0 if run is None else run.progress.step
     if isinstance(error, Interrupted):
         if run is None:
-            step = (folder.read_json("status.json") or {}).get("step", 0)  # an earlier start may have come further
+            status = folder.read_json("status.json")  # an earlier start may have come further
+            step = status.get("step", 0) if isinstance(status, dict) else 0
         folder.state("interrupted", step=step, reason=str(error))
         raise error
     key = None if run is None or isinstance(error, RunnerError) else _key_of(error, run)

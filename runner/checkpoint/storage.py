@@ -229,7 +229,8 @@ def _text(name: str, document: Mapping[str, Any]) -> bytes:
     """A document as it is written. Raises RunnerError, naming the largest part, where no reader would take so much."""
     text = _encoded(document)
     if (why := too_much(text)) is not None:
-        parts = document.get("state", document)
+        others = {part: value for part, value in document.items() if part != "state"}
+        parts = {**document.get("state", {}), **others}
         most = max(parts, key=lambda part: len(_encoded(parts[part])))
         raise RunnerError(f"{name} {why}; most of it is the state of {most}: keep so many numbers in a tensor")
     return text

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from runner import distributed
 from runner.engine.model_state import trained_weights
 
 
@@ -55,9 +56,14 @@ class BucketOrder:
         return {"models": [one.order for one in self._models]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Lets the next steps have the saved buckets; all processes call it. Another model's order is left alone."""
-        for one, order in zip(self._models, state["models"], strict=False):
-            if order is not None and order != one.order:
+        """Lets the steps have the saved buckets, from the first one on; all processes call it.
+
+        Another model's order is left alone, and so are buckets that are there already: torch makes them once.
+        """
+        pairs = list(zip(self._models, state["models"], strict=False))
+        able = distributed.gather([order is not None and one.takes(order) for one, order in pairs])
+        for (one, order), each in zip(pairs, zip(*able, strict=True), strict=True):
+            if all(each):  # they send zeros together
                 one.take(order)
 
 
@@ -97,11 +103,12 @@ class _Model:
             getattr(module, "sparse", False) is True for module in self.model.modules()
         )
 
+    def takes(self, order: list[str]) -> bool:
+        return self.listens and not self.unknown and sorted(order) == sorted(trained_weights(self.model))
+
     def take(self, order: list[str]) -> None:
         """A backward of zeros in which the gradients come in this order. They are freed again."""
         weights = trained_weights(self.model)
-        if self.unknown or sorted(order) != sorted(weights):
-            return
         parameters = [weights[name] for name in order]
         with torch.enable_grad():
             chain = torch.zeros((), device=parameters[0].device, requires_grad=True)

@@ -152,7 +152,7 @@ class DDP(Single):
             return "with backend.comm_hook=powersgd each process keeps what it has not sent yet to itself"
         if self._options["static_graph"]:
             return "with backend.static_graph=true the first step of a process sends its gradients in another way"
-        if self._order.unknown:
+        if self._order.unknown and self.mesh.data_size > 2:
             return "where gradients are sparse, or parameters have hooks, buckets are filled in another order at first"
         return None
 

@@ -236,8 +236,9 @@ def _own_place(frames: Sequence[Frame]) -> str:
     for file, line, _ in reversed(frames):
         of_others = any(Path(file).is_relative_to(other) for other in others)
         if not of_others and not file.startswith("<") and not {"site-packages", "dist-packages"} & {*Path(file).parts}:
-            here = Path(file).is_relative_to(Path.cwd())
-            return f" at {Path(file).relative_to(Path.cwd()) if here else file}:{line}"
+            with suppress(OSError, ValueError):  # the folder may be gone, or the file elsewhere
+                file = str(Path(file).relative_to(Path.cwd()))
+            return f" at {file}:{line}"
     return ""
 
 

@@ -526,18 +526,21 @@ def _correct(failure: Failure, found: list[Failure], told: str | None) -> None:
 def tell_interrupted(plan: WorkPlan, told: Mapping[str, str], number: int | None) -> None:
     """Says how to go on where a signal has ended the processes before they could, and writes it into the run's files.
 
-    `told` is what `told_run` gives; where the run has no folder, there is nothing to say. A disk that takes nothing
-    ends nothing.
+    `told` is what `told_run` gives; where the run has no folder, or is complete, there is nothing to say. A disk that
+    takes nothing ends nothing.
     """
     folder = told.get("folder")
     if folder is None or not os.path.isdir(folder):
         return
+    run = RunFolder(Path(folder))
+    status = _read(run, "status.json")
+    if status.get("state") == "completed":
+        return
     if go_on := told.get("go_on"):
         say(f"to go on: {go_on}\n", sys.stderr if plan.json else sys.stdout)
-    run = RunFolder(Path(folder))
     reason = None if number is None else signal.Signals(number).name
     with suppress(OSError):
-        run.write_json("status.json", {**_read(run, "status.json"), "state": "interrupted", "reason": reason})
+        run.write_json("status.json", {**status, "state": "interrupted", "reason": reason})
         summary = _read(run, "summary.json")
         if summary.pop("status", None) == "failed":  # an attempt before, or a process that lost the others
             summary.pop("error", None)

@@ -15,7 +15,7 @@ from runner.train import saving
 from runner.train.evaluate import evaluate
 from runner.train.feed import Feed
 from runner.train.not_finite import GoBack, look_at_the_start, passed_over
-from runner.train.rollback import pass_over, roll_back
+from runner.train.rollback import hooks_lacked, pass_over, roll_back
 from runner.train.run import Run
 from runner.train.step import forward_backward, settle, update
 
@@ -105,7 +105,7 @@ def _begin(run: Run) -> None:
 def _can_go_back(run: Run) -> bool:
     """Whether there is a checkpoint that puts everything back, also hooks that were added only now."""
     saver = run.checkpointer
-    found: bool = distributed.broadcast(saver is None or (saver.newest is not None and not saver.lacked))
+    found: bool = distributed.broadcast(saver is None or (saver.newest is not None and not hooks_lacked(saver)))
     return found
 
 

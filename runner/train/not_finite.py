@@ -14,6 +14,7 @@ from torch import Tensor
 
 from runner import distributed
 from runner.checkpoint import SaveFailed
+from runner.checkpoint.tree import tensors_of
 from runner.data.stream import StreamOrder
 from runner.engine.backend import Update
 from runner.errors import InputError, TrainingStopped
@@ -25,6 +26,8 @@ JOURNAL = "not_finite.jsonl"
 #: Steps in a row without a finite loss and gradient after which `skip` and `rollback` give up. Samples that are bad
 #: come one by one, or in a stretch of a file; after so many batches of different ones it is not the samples.
 MOST_IN_A_ROW = 100
+
+Named = tuple[str, Tensor]
 
 #: What is looked at, in the words of a message; of a hook it is `hooks.NAME`.
 WEIGHTS, BUFFERS = "weights or optimizer state", "buffers"
@@ -108,9 +111,11 @@ def check_weights(run: Run, *, last: bool = False) -> bool:
 
 
 def look_at_the_start(run: Run) -> None:
-    """Notes which buffers are not finite by design, and what else is not finite before any step was made."""
-    run.never_finite = frozenset(name for name, value in _model(run) if name and not _finite([value]))
-    run.spoilt_at_start = frozenset(_not_finite(run, _kept_by_hooks(run)))
+    """Notes which buffers and tensors of hooks are not finite by design, and what else is so before any step."""
+    hooks = {} if run.checkpointer is None else _kept_by_hooks(run)
+    held = [*((name, value) for name, value in _model(run) if name), *(one for kept in hooks.values() for one in kept)]
+    run.never_finite = frozenset(name for name, value in held if not _finite([value]))
+    run.spoilt_at_start = frozenset(_not_finite(run))
 
 
 def _from_the_start(run: Run, found: Collection[str]) -> bool:
@@ -118,16 +123,16 @@ def _from_the_start(run: Run, found: Collection[str]) -> bool:
     return not run.spoilt_at_start.isdisjoint(found)
 
 
-def _not_finite(run: Run, hooks: Mapping[str, list[Tensor]] | None = None) -> tuple[str, ...]:
+def _not_finite(run: Run, hooks: Mapping[str, list[Named]] | None = None) -> tuple[str, ...]:
     """What is not finite on any process, in words, the same on all: of the model, the optimizer, and the `hooks`.
 
-    Buffers that began with something else (a mask of -inf) may have it.
+    Buffers that began with something else (a mask of -inf) may have it, and so may tensors of hooks.
     """
-    model = [(name, value) for name, value in _model(run) if name not in run.never_finite]
+    model = list(_model(run))
+    named = {BUFFERS: [one for one in model if one[0]], **(hooks or {})}
     held = {
         WEIGHTS: [*(value for name, value in model if not name), *_stepped(run)],
-        BUFFERS: [value for name, value in model if name],
-        **(hooks or {}),
+        **{words: [value for name, value in found if name not in run.never_finite] for words, found in named.items()},
     }
     bad = torch.tensor([float(not _finite(tensors)) for tensors in held.values()], device=run.engine.device)
     return tuple(words for words, count in zip(held, distributed.total(bad).tolist(), strict=True) if count)
@@ -151,7 +156,7 @@ def _stepped(run: Run) -> Iterator[Tensor]:
                 yield _own(value.detach())
 
 
-def _kept_by_hooks(run: Run) -> dict[str, list[Tensor]]:
+def _kept_by_hooks(run: Run) -> dict[str, list[Named]]:
     """By `hooks.NAME`, this process's part of what each hook with state keeps of the weights, as an average of them.
 
     Those are the tensors that go by a weight's name and have its shape. Others may hold what they like: the best loss
@@ -160,29 +165,22 @@ def _kept_by_hooks(run: Run) -> dict[str, list[Tensor]]:
     shapes: dict[str, torch.Size] = {}
     with suppress(InputError):  # a backend that keeps the weights to itself: no hook can have averages of them
         shapes = {name: weight.shape for name, weight in run.engine.backend.weights().items()}
-    found: dict[str, list[Tensor]] = {}
+    found: dict[str, list[Named]] = {}
     for name, hook in run.hooks.items():
         if hasattr(hook, "state_dict"):
             kept = found[f"hooks.{name}"] = []
             with suppress(Exception):  # of a state that cannot be told, the save itself says so
                 kept += [
-                    _own(value.detach())
-                    for key, value in _tensors(hook.state_dict())
-                    if any(shapes.get(end) == value.shape for end in _ends(key))
+                    (path, _own(value.detach()))
+                    for path, value in tensors_of(hook.state_dict(), f"hooks.{name}").items()
+                    if any(shapes.get(end) == value.shape for end in _ends(_last_name(path)))
                 ]
     return found
 
 
-def _tensors(state: Any, key: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a nested state, by the last key that leads to each."""
-    if isinstance(state, Tensor):
-        yield key, state
-    elif isinstance(state, Mapping):
-        for name, value in state.items():
-            yield from _tensors(value, str(name))
-    elif isinstance(state, list | tuple):
-        for value in state:
-            yield from _tensors(value, key)
+def _last_name(path: str) -> str:
+    """The last key on the way to a tensor that is no place in a list."""
+    return next((word for word in reversed(path.split("/")) if not word.isdecimal()), "")
 
 
 def _ends(key: str) -> Iterator[str]:

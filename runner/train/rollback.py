@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from runner import distributed
+from runner.checkpoint import Checkpointer
 from runner.errors import RunnerError, TrainingStopped
 from runner.train.not_finite import GoBack, record, samples_in_words
 from runner.train.run import Run
@@ -49,7 +50,7 @@ def roll_back(run: Run, why: GoBack) -> None:
     )
     passed_over = progress.passed_over | {bad}
     run.checkpointer.load(path, convert=True)
-    if left := [name for name in run.checkpointer.lacked if name.startswith("hooks.")]:
+    if left := hooks_lacked(run.checkpointer):
         # One of this process has all; it is damaged or gone, and an older one would leave these at the later step.
         lacks = f"{path}, the last good checkpoint, has no state of {', '.join(left)}: all cannot be put back to it"
         raise TrainingStopped(f"step {why.found}: {why.what}; {lacks}")
@@ -60,6 +61,11 @@ def roll_back(run: Run, why: GoBack) -> None:
     _forget(run)
     run.engine.model.train()
     run.folder.state("running", step=progress.step)
+
+
+def hooks_lacked(saver: Checkpointer) -> list[str]:
+    """The hooks whose state was not in the checkpoint that was loaded last: that does not put them back."""
+    return [name for name in saver.lacked if name.startswith("hooks.")]
 
 
 def _forget(run: Run) -> None:

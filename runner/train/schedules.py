@@ -105,8 +105,8 @@ class Schedule:
         self._new = scheduler is not None and (not state or state.get("kind", self._kind) != self._kind)
         if scheduler is None or self._new:
             return
-        longer = state.get("length") not in (None, self._length)
-        if longer and not isinstance(scheduler, LambdaLR) and _changed(self._configured, state["configured"]):
+        other_length = self._plateau is None and state.get("length") not in (None, self._length)
+        if other_length and not isinstance(scheduler, LambdaLR) and _changed(self._configured, state["configured"]):
             self._go_to(scheduler, _steps(state["now"]))
             return
         live = scheduler.state_dict()
@@ -127,11 +127,14 @@ class Schedule:
         self._go_to(scheduler, steps)
 
     def _go_to(self, scheduler: LRScheduler, steps: int) -> None:
-        """Takes so many steps from the first rate on; the scheduler has not moved yet."""
+        """Takes so many steps from the first rate on."""
         for group, rate in zip(scheduler.optimizer.param_groups, self._first, strict=True):
             group["lr"] = rate
         if self._plateau is not None:
             return
+        # Within a run, in a rollback, it has moved already.
+        fresh = deepcopy(self._configured)
+        scheduler.load_state_dict(_merged(scheduler.state_dict(), fresh, fresh, fresh))
         with warnings.catch_warnings():
             # That it moves before the optimizer does.
             warnings.simplefilter("ignore", UserWarning)

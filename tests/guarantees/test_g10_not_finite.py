@@ -389,13 +389,17 @@ class SpoilAverages(Hook):
 
 
 class Keeps(Hook):
-    """What is not finite for good reasons: no best loss yet, losses of steps that were left out."""
+    """What is not finite for good reasons: no best loss yet, losses of steps that were left out, no lowest weights."""
+
+    def placed(self, engine: Any) -> None:
+        self.lowest = {name: torch.full_like(value, math.inf) for name, value in engine.backend.weights().items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "best": torch.tensor(math.inf),
             "losses": torch.tensor([1.0, math.nan]),
             "0.bias": torch.tensor(-math.inf),
+            "lowest": self.lowest,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...

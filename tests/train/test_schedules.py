@@ -299,6 +299,37 @@ def test_an_extended_run_has_the_rates_of_one_that_was_planned_so_long(name: str
     assert found == rates(lambda o: make(o, 40), 40)[at:]
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", list(EXTENDED))
+def test_going_back_in_an_extended_run_gives_the_same_rates_again(name: str) -> None:
+    """A rollback loads the checkpoint of the shorter plan once more, into a schedule that has moved."""
+    before = Schedule(EXTENDED[name](optimizer(), 20), length=20)
+    for _ in range(8):
+        before.step()
+    sgd = optimizer()
+    schedule = Schedule(EXTENDED[name](sgd, 40), length=40)
+    for steps in (11, 3):
+        schedule.load_state_dict(before.state_dict())
+        found = [sgd.param_groups[0]["lr"]]
+        for _ in range(steps):
+            schedule.step()
+            found.append(sgd.param_groups[0]["lr"])
+        assert found == rates(lambda o: EXTENDED[name](o, 40), 40)[8 : 9 + steps]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_plateau_keeps_what_it_has_learnt_in_an_extended_run() -> None:
+    first = Schedule(plateau(optimizer(), patience=0), length=10)
+    for _ in range(3):
+        first.evaluated({"loss": 1.0})
+    sgd = optimizer(0.25)
+    second = Schedule(plateau(sgd, patience=2), length=20)
+    second.load_state_dict(first.state_dict())
+    second.evaluated({"loss": 1.0})
+    assert sgd.param_groups[0]["lr"] == 0.25
+    assert second._scheduler.best == 1.0
+
+
 class Phases(lr_scheduler.LRScheduler):
     """A scheduler of the user's own, with a counter of its own."""
 
