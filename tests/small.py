@@ -19,7 +19,7 @@ from runner.checkpoint import Checkpointer
 from runner.data.loader import Loader
 from runner.data.order import Order
 from runner.data.synthetic import random_classification
-from runner.engine.backend import Update
+from runner.engine.backend import Backend, Update
 from runner.engine.engine import Engine
 from runner.engine.mesh import Mesh
 from runner.engine.precision import PRECISIONS, Precision
@@ -341,3 +341,15 @@ class Raise(Interrupt):
     def on_step_end(self, run: Run) -> None:
         if run.progress.step == self.step:
             signal.raise_signal(self.number)
+
+
+class Late(Engine):
+    """Its flags are those of the exchange before, as on a GPU."""
+
+    def __init__(self, backend: Backend) -> None:
+        super().__init__(backend)
+        self.flags_late, self._last = True, [0.0] * 5
+
+    def _on_host(self, flags: Tensor) -> list[float]:
+        before, self._last = self._last, flags.tolist()
+        return before

@@ -67,16 +67,19 @@ def test_a_signal_saves_and_the_command_goes_on(tmp_path: Path, number: signal.S
     assert steps[:-1] == list(range(1, stopped + 11))
 
 
+SLOW = """
+import time
+from runner.train.hook import Hook
+class Slow(Hook):
+    def on_step_end(self, run):
+        if run.progress.step == 3:
+            for _ in range(600):
+                time.sleep(0.1)
+"""
+
+
 def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
-    (tmp_path / "slow.py").write_text(
-        "import time\n"
-        "from runner.train.hook import Hook\n"
-        "class Slow(Hook):\n"
-        "    def on_step_end(self, run):\n"
-        "        if run.progress.step == 3:\n"
-        "            for _ in range(600):\n"
-        "                time.sleep(0.1)\n"
-    )
+    (tmp_path / "slow.py").write_text(SLOW)
     process = _start(tmp_path, "run_dir=r", "hooks.slow={_target_: slow.Slow}")
     _wait_for_steps(tmp_path / "r", 3, process)
     process.send_signal(signal.SIGTERM)
@@ -129,15 +132,7 @@ def test_a_signal_in_the_start_of_a_restart_loses_nothing(tmp_path: Path) -> Non
 
 
 def test_a_second_signal_under_a_parent_says_how_to_go_on(tmp_path: Path) -> None:
-    (tmp_path / "slow.py").write_text(
-        "import time\n"
-        "from runner.train.hook import Hook\n"
-        "class Slow(Hook):\n"
-        "    def on_step_end(self, run):\n"
-        "        if run.progress.step == 3:\n"
-        "            for _ in range(600):\n"
-        "                time.sleep(0.1)\n"
-    )
+    (tmp_path / "slow.py").write_text(SLOW)
     process = _start(tmp_path, "run_dir=r", "hooks.slow={_target_: slow.Slow}", "launch.max_restarts=1")
     _wait_for_steps(tmp_path / "r", 3, process)
     process.send_signal(signal.SIGTERM)

@@ -12,12 +12,10 @@ from typing import Any
 import pytest
 import torch
 from processes import run_ranks
-from small import mlp
+from small import Late, mlp
 from small import run as make_run
-from torch import Tensor
 
 from runner import distributed
-from runner.engine.backend import Backend
 from runner.engine.ddp import DDP
 from runner.engine.engine import Engine
 from runner.engine.mesh import Mesh
@@ -46,18 +44,6 @@ class Cut:
     def _during(self, batches: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return batches
-
-
-class Late(Engine):
-    """Its flags are those of the exchange before, as on a GPU."""
-
-    def __init__(self, backend: Backend) -> None:
-        super().__init__(backend)
-        self.flags_late, self._last = True, [0.0] * 5
-
-    def _on_host(self, flags: Tensor) -> list[float]:
-        before, self._last = self._last, flags.tolist()
-        return before
 
 
 def ended(kind: type[Engine], at: int) -> tuple[int, Any, list[str]]:

@@ -14,13 +14,11 @@ from typing import Any
 import pytest
 import torch
 from processes import run_ranks
-from small import Interrupt, Result, engine, mlp
+from small import Interrupt, Late, Result, engine, mlp
 from small import run as make_run
-from torch import Tensor
 
 from runner import distributed
 from runner.checkpoint import Checkpointer, storage
-from runner.engine.backend import Backend
 from runner.engine.ddp import DDP
 from runner.engine.engine import Engine
 from runner.engine.mesh import Mesh
@@ -298,18 +296,6 @@ def test_two_processes_hear_of_everything_at_the_same_step(on_error: str) -> Non
         assert step in (4, 5, 6)
     else:
         assert (steps, stopped, step) == ([2, 6, 8], None, 8)
-
-
-class Late(Engine):
-    """Its flags are those of the exchange before, as on a GPU."""
-
-    def __init__(self, backend: Backend) -> None:
-        super().__init__(backend)
-        self.flags_late, self._last = True, [0.0] * 5
-
-    def _on_host(self, flags: Tensor) -> list[float]:
-        before, self._last = self._last, flags.tolist()
-        return before
 
 
 class TwoInARow(Hook):
